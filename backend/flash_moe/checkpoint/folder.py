@@ -1,0 +1,145 @@
+"""A checkpoint folder before any weight is read: its files, its config, its form.
+
+Everything that the rest needs to trust is checked here: shards are all present, headers are
+sound, the config is one that mlx-lm can be asked about.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flash_moe.checkpoint.headers import Tensor, read_headers
+from flash_moe.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from flash_moe.errors import CheckpointError, OptionError
+
+# How mlx-lm's architectures call the number of experts that a token uses.
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_k",
+    "moe_topk",
+    "moe_top_k",
+    "top_k_experts",
+)
+# And the number of routed experts; more than one means a Mixture-of-Experts.
+ROUTED_EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_routed_experts",
+)
+MAX_JSON_BYTES = 64_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A checkpoint as downloaded (`manifest` is None) or a pack."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    manifest: Manifest | None
+
+    @property
+    def form(self) -> str:
+        return "in place" if self.manifest is None else "pack"
+
+    @property
+    def architecture(self) -> str:
+        return str(self.config["model_type"])
+
+    @property
+    def nbytes(self) -> int:
+        """What the weights take on disk."""
+        resident = sum(tensor.nbytes for tensor in self.tensors.values())
+        return resident + (self.manifest.expert_bytes if self.manifest else 0)
+
+
+def open_folder(path: Path) -> Folder:
+    """Read headers, config and manifest of a folder, or say what is wrong with it."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder. Give the folder that holds config.json.")
+    config = read_json(path / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{path / 'config.json'} names no model_type; is it a model's?")
+    manifest = read_manifest(path) if (path / MANIFEST).exists() else None
+    files = sorted(path.glob("model*.safetensors"))
+    _require_all_shards(path, files)
+    return Folder(path, config, read_headers(files), manifest)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or CheckpointError."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} is too large to be what its name says.")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}). Download it again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object. Download it again.")
+    return value
+
+
+def routed_experts(config: dict[str, Any]) -> int:
+    """How many routed experts a layer has, as far as the config says; 0 for a dense model."""
+    counts = [value for _, value in _settings(config, ROUTED_EXPERTS)]
+    return max((count for count in counts if isinstance(count, int)), default=0)
+
+
+def experts_per_token(config: dict[str, Any]) -> int | None:
+    """K: how many experts a token uses in a layer, the most where layers differ."""
+    for _, value in _settings(config, EXPERTS_PER_TOKEN):
+        if isinstance(value, list):
+            return max(value, default=None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def with_experts_per_token(config: dict[str, Any], experts: int | None) -> dict[str, Any]:
+    """The config with another K, so that mlx-lm builds its own router for it."""
+    if experts is None:
+        return config
+    own = experts_per_token(config)
+    total = routed_experts(config)
+    if own is None:
+        raise OptionError(f"{config['model_type']} does not say how many experts a token uses.")
+    if not 1 <= experts <= max(total, own):
+        raise OptionError(f"experts={experts}: this model has {total}; choose 1 to {total}.")
+    changed = copy.deepcopy(config)
+    for place, value in _settings(changed, EXPERTS_PER_TOKEN):
+        key = next(key for key in EXPERTS_PER_TOKEN if key in place)
+        place[key] = [experts] * len(value) if isinstance(value, list) else experts
+    return changed
+
+
+def _settings(config: dict[str, Any], keys: tuple[str, ...]) -> list[tuple[dict[str, Any], Any]]:
+    """Where a setting stands: at the top, or in the nested config of the language model."""
+    places = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return [(place, place[key]) for place in places for key in keys if place.get(key) is not None]
+
+
+def _require_all_shards(path: Path, files: list[Path]) -> None:
+    if not files:
+        raise CheckpointError(
+            f"{path} holds no model*.safetensors. Give the folder of a downloaded checkpoint."
+        )
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    named = read_json(index).get("weight_map", {})
+    wanted = set(named.values()) if isinstance(named, dict) else set()
+    missing = sorted(str(name) for name in wanted - {file.name for file in files})
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} of {len(wanted)} weight files, {missing[0]} first. "
+            "Resume the download, then try again."
+        )

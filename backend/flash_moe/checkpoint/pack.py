@@ -1,0 +1,311 @@
+"""Write a pack: every expert one aligned record, one file a layer, in bounded memory.
+
+The work happens in `NAME.partial`; each finished file is recorded beside it, so that a killed
+pack goes on where it was, and the result is the same to the byte. The manifest is written last
+and the folder then takes its name: a half-made pack has neither.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from flash_moe.checkpoint.atomic import replacing, sync, write_json
+from flash_moe.checkpoint.folder import Folder, read_json, with_experts_per_token
+from flash_moe.checkpoint.manifest import MANIFEST, FileEntry, Manifest, PackedLayer
+from flash_moe.checkpoint.skeleton import Skeleton, open_skeleton
+from flash_moe.errors import CheckpointError, NoSpace, NotContiguous
+from flash_moe.experts.layout import Layout
+from flash_moe.experts.reader import Reader, Target
+from flash_moe.experts.store import ExpertLayer, ExpertStore
+
+Progress = Callable[[int], None]
+
+# One batch of records is read while the one before is hashed and written.
+BATCH_BYTES = 64 << 20
+# Resident tensors are evaluated and written a shard at a time.
+SHARD_BYTES = 1 << 30
+# What the tokenizer and the template need; weights and their index are written anew.
+COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+NOT_COPIED = {"config.json", "model.safetensors.index.json", MANIFEST}
+
+
+@dataclass(frozen=True, slots=True)
+class PackJob:
+    """A planned pack; `write` does it or goes on with it."""
+
+    folder: Folder
+    skeleton: Skeleton
+    target: Path
+    experts_per_token: int | None
+
+    @property
+    def expert_bytes(self) -> int:
+        skeleton = self.skeleton
+        return sum(
+            skeleton.layout(path).stride * skeleton.expert_count(path) for path in skeleton.switches
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return self.expert_bytes + sum(a.nbytes for a in self.skeleton.resident().values())
+
+    def write(self, progress: Progress = lambda nbytes: None) -> Manifest:
+        work = self.target.with_name(self.target.name + ".partial")
+        with _claimed(work, self.folder) as state:
+            _require_space(work, self.nbytes)
+            manifest = self._write_into(work, state, progress)
+        return manifest
+
+    def _write_into(self, work: Path, state: Path, progress: Progress) -> Manifest:
+        layers = [
+            self._layer(work, state, number, path, progress)
+            for number, path in enumerate(self.skeleton.switches)
+        ]
+        files = {layer.file: entry for layer, entry in layers}
+        files |= self._resident(work, state, progress)
+        files |= self._copied(work)
+        manifest = Manifest(
+            source=self.folder.path.resolve().name,
+            architecture=self.folder.architecture,
+            experts_per_token=self.experts_per_token,
+            layers=tuple(layer for layer, _ in layers),
+            files=files,
+        )
+        write_json(work / MANIFEST, manifest.to_json())
+        shutil.rmtree(state)
+        work.rename(self.target)
+        sync(self.target.parent)
+        return manifest
+
+    def _layer(
+        self, work: Path, state: Path, number: int, path: str, progress: Progress
+    ) -> tuple[PackedLayer, FileEntry]:
+        layout, experts = self.skeleton.layout(path), self.skeleton.expert_count(path)
+        file, done = f"layer_{number:03}.experts", state / f"layer_{number:03}.json"
+        size = experts * layout.stride
+        if done.exists() and (work / file).exists() and (work / file).stat().st_size == size:
+            progress(size)
+            found = read_json(done)
+            records, sha256 = found["records"], found["sha256"]
+        else:
+            with replacing(work / file) as temporary:
+                records, sha256 = self._write_layer(temporary, number, path, progress)
+            write_json(done, {"records": records, "sha256": sha256})
+        self._forget(path)
+        return PackedLayer(path, file, experts, layout, tuple(records)), FileEntry(size, sha256)
+
+    def _write_layer(
+        self, file: Path, number: int, path: str, progress: Progress
+    ) -> tuple[list[int], str]:
+        try:
+            layer = self.skeleton.layers()[number]
+        except NotContiguous:
+            return _write_computed(file, self.skeleton, path, progress)
+        return _write_records(file, layer, progress)
+
+    def _forget(self, path: str) -> None:
+        """Drop a layer's lazy arrays: those that were evaluated hold its weights in memory."""
+        switch = self.skeleton.switches[path]
+        for name, _ in self.skeleton.layout(path).quantization:
+            for param, array in list(switch[name].items()):
+                if isinstance(array, mx.array):
+                    switch[name][param] = mx.zeros(array.shape, array.dtype)
+
+    def _resident(self, work: Path, state: Path, progress: Progress) -> dict[str, FileEntry]:
+        resident = self.skeleton.resident()
+        files = {}
+        for number, names in enumerate(_shards(resident), 1):
+            file, done = f"model-{number:05}.safetensors", state / f"model-{number:05}.json"
+            if not (done.exists() and (work / file).exists()):
+                with replacing(work / file) as temporary:
+                    mx.save_safetensors(str(temporary), {name: resident[name] for name in names})
+                write_json(done, {"sha256": _sha256(work / file)})
+            progress(sum(resident[name].nbytes for name in names))
+            size = (work / file).stat().st_size
+            files[file] = FileEntry(size, str(read_json(done)["sha256"]))
+        return files
+
+    def _copied(self, work: Path) -> dict[str, FileEntry]:
+        from mlx_lm.utils import _encode_tagged_floats
+
+        write_json(work / "config.json", _encode_tagged_floats(_settled(self.skeleton.config)))
+        files = {"config.json"}
+        for pattern in COPIED:
+            for source in sorted(self.folder.path.glob(pattern)):
+                if source.name not in NOT_COPIED and source.is_file():
+                    with replacing(work / source.name) as temporary:
+                        shutil.copyfile(source, temporary)
+                    files.add(source.name)
+        return {
+            name: FileEntry((work / name).stat().st_size, _sha256(work / name)) for name in files
+        }
+
+
+def plan_pack(folder: Folder, target: Path, experts: int | None = None) -> PackJob:
+    """Check what can be checked before a byte is written."""
+    if folder.manifest is not None:
+        raise CheckpointError(f"{folder.path} is a pack already. Add it: llm flash-moe add PATH")
+    if target.exists():
+        raise CheckpointError(f"{target} exists. Choose another name, or remove it first.")
+    with_experts_per_token(folder.config, experts)
+    return PackJob(folder, open_skeleton(folder), target, experts)
+
+
+@contextmanager
+def _claimed(work: Path, folder: Folder) -> Iterator[Path]:
+    """The folder to work in, for this process alone, and proven to belong to this source."""
+    state = work / ".state"
+    state.mkdir(parents=True, exist_ok=True)
+    with (work / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(f"Another pack is being written to {work}.") from error
+        fingerprint = {"source": _fingerprint(folder)}
+        known = state / "source.json"
+        if known.exists() and read_json(known) != fingerprint:
+            raise CheckpointError(
+                f"{work} was begun from another checkpoint. Remove it, or choose another name."
+            )
+        write_json(known, fingerprint)
+        (work / ".lock").unlink()
+        yield state
+
+
+def _fingerprint(folder: Folder) -> str:
+    """The source as its headers tell it; contents are too large to hash twice."""
+    digest = hashlib.sha256((folder.path / "config.json").read_bytes())
+    for tensor in sorted(folder.tensors.values(), key=lambda t: t.name):
+        digest.update(repr((tensor.name, tensor.dtype, tensor.shape, tensor.offset)).encode())
+        digest.update(tensor.file.name.encode())
+    return digest.hexdigest()
+
+
+def _require_space(work: Path, needed: int) -> None:
+    there = sum(file.stat().st_size for file in work.iterdir() if file.is_file())
+    free = shutil.disk_usage(work).free
+    if needed - there > free:
+        raise NoSpace(
+            f"The pack needs {(needed - there) / 1e9:.1f} GB more and {work.parent} has "
+            f"{free / 1e9:.1f} GB free. Free some space or give another folder with --to."
+        )
+
+
+def _settled(config: dict[str, Any]) -> dict[str, Any]:
+    """The config after loading: once mlx-lm has understood a vendor's quantization, it says so
+    in its own key, and the vendor's must not be applied again."""
+    if "quantization" in config:
+        return {key: value for key, value in config.items() if key != "quantization_config"}
+    return config
+
+
+def _shards(resident: dict[str, mx.array]) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name in sorted(resident):
+        if names and size + resident[name].nbytes > SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += resident[name].nbytes
+    if names:
+        yield names
+
+
+def _write_records(file: Path, layer: ExpertLayer, progress: Progress) -> tuple[list[int], str]:
+    """Copy records of a layer that lies contiguous: two buffers, reading beside writing."""
+    stride = layer.layout.stride
+    batch = max(1, min(layer.experts, BATCH_BYTES // stride))
+    store, reader = ExpertStore([layer]), Reader()
+    buffers = [bytearray(batch * stride) for _ in range(2)]
+    records: list[int] = []
+    digest = hashlib.sha256()
+    with file.open("wb", buffering=0) as out, ThreadPoolExecutor(1) as behind:
+        pending: Future[None] | None = None
+        try:
+            for turn, first in enumerate(range(0, layer.experts, batch)):
+                view = memoryview(buffers[turn % 2])
+                experts = range(first, min(first + batch, layer.experts))
+                reader.read(_targets(store, experts, view, stride))
+                if pending is not None:
+                    pending.result()
+
+                def finish(data: memoryview) -> None:
+                    for at in range(0, len(data), stride):
+                        records.append(zlib.crc32(data[at : at + stride]))
+                    digest.update(data)
+                    _write_fully(out.fileno(), data)
+                    progress(len(data))
+
+                pending = behind.submit(finish, view[: len(experts) * stride])
+            if pending is not None:
+                pending.result()
+        finally:
+            reader.close()
+            store.close()
+    return records, digest.hexdigest()
+
+
+def _targets(
+    store: ExpertStore, experts: range, view: memoryview, stride: int
+) -> list[Target]:
+    found: list[Target] = []
+    for slot, expert in enumerate(experts):
+        for segment in store.segments(0, expert):
+            at = slot * stride + segment.at
+            found.append((segment, view[at : at + segment.length]))
+    return found
+
+
+def _write_computed(
+    file: Path, skeleton: Skeleton, path: str, progress: Progress
+) -> tuple[list[int], str]:
+    """Records of a layer whose arrays mlx-lm has to compute (dequantize, transpose): one part
+    of all experts in memory at a time, scattered to its place in every record."""
+    layout, experts = skeleton.layout(path), skeleton.expert_count(path)
+    with file.open("wb", buffering=0) as out:
+        out.truncate(experts * layout.stride)
+        for part in layout.parts:
+            array = skeleton.switches[path][part.projection][part.param]
+            rows = np.array(mx.contiguous(array).reshape(experts, -1).view(mx.uint8), copy=False)
+            for expert, row in enumerate(rows):
+                at = expert * layout.stride + part.offset
+                _write_fully(out.fileno(), memoryview(np.ascontiguousarray(row)), at)
+            progress(part.nbytes * experts)
+    return _read_back(file, layout)
+
+
+def _read_back(file: Path, layout: Layout) -> tuple[list[int], str]:
+    digest, records = hashlib.sha256(), []
+    with file.open("rb") as written:
+        while data := written.read(layout.stride):
+            digest.update(data)
+            records.append(zlib.crc32(data))
+    return records, digest.hexdigest()
+
+
+def _write_fully(fd: int, data: memoryview, at: int | None = None) -> None:
+    done = 0
+    while done < len(data):
+        if at is None:
+            done += os.write(fd, data[done:])
+        else:
+            done += os.pwrite(fd, data[done:], at + done)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

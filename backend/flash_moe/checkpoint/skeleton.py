@@ -1,0 +1,326 @@
+"""What mlx-lm makes of a checkpoint, with nothing read: its model, and where its experts are.
+
+mlx-lm's own loader does the work, lazily, so that every architecture, every quantization and
+every vendor layout that it knows is known here. We only watch `sanitize` go by (see trace.py) and
+find the switch layers by type.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from flash_moe.checkpoint.folder import (
+    Folder,
+    experts_per_token,
+    routed_experts,
+    with_experts_per_token,
+)
+from flash_moe.checkpoint.headers import DTYPE_BITS, Tensor
+from flash_moe.checkpoint.trace import Pieces, View, trace, whole
+from flash_moe.errors import CheckpointError, NotContiguous, UnsupportedModel
+from flash_moe.experts.layout import Layout, Quantization, make_layout
+from flash_moe.experts.store import ExpertLayer, Run, packed_layer
+
+Provenance = dict[str, Pieces | None]
+
+
+@dataclass(slots=True)
+class Skeleton:
+    """mlx-lm's model with lazy arrays; `switches` are its switch layers, by path."""
+
+    folder: Folder
+    model: nn.Module
+    config: dict[str, Any]
+    switches: dict[str, nn.Module]
+    _provenance: Provenance
+
+    @property
+    def experts_per_token(self) -> int:
+        return experts_per_token(self.config) or 1
+
+    def layout(self, path: str) -> Layout:
+        return _layout(self.switches[path])
+
+    def expert_count(self, path: str) -> int:
+        if self.folder.manifest is not None:
+            counts = {layer.path: layer.experts for layer in self.folder.manifest.layers}
+            return counts[path]
+        return _expert_count(self.switches[path])
+
+    def layers(self) -> list[ExpertLayer]:
+        """Every switch layer with the place of its experts, or NotContiguous."""
+        if self.folder.manifest is not None:
+            return [
+                packed_layer(layer.path, layer.experts, layer.layout, self.folder.path / layer.file)
+                for layer in self.folder.manifest.layers
+            ]
+        return [self._layer_in_place(path) for path in self.switches]
+
+    def replace(self, make: Callable[[int, nn.Module], nn.Module]) -> None:
+        """Put another module in the place of every switch layer; its lazy arrays go with it."""
+        for number, (path, switch) in enumerate(self.switches.items()):
+            set_module(self.model, path, make(number, switch))
+
+    def resident(self) -> dict[str, mx.array]:
+        """Parameters that are no expert's, still lazy. Complete only after `replace`."""
+        inside = tuple(f"{path}." for path in self.switches)
+        flat = tree_flatten(self.model.parameters())
+        return {name: array for name, array in flat if not name.startswith(inside)}
+
+    def _layer_in_place(self, path: str) -> ExpertLayer:
+        layout = self.layout(path)
+        experts = _expert_count(self.switches[path])
+        runs = []
+        for part in layout.parts:
+            name = f"{path}.{part.name}"
+            run = _run(self._provenance.get(name), experts, part.nbytes, part.offset, self.folder)
+            if run is None:
+                raise NotContiguous(
+                    f"{self.folder.path}: the experts of this {self.folder.architecture} are "
+                    f"not stored one by one ({name}), so they cannot be streamed in place. "
+                    f"Pack it: llm flash-moe pack {self.folder.path}"
+                )
+            runs.append(run)
+        return ExpertLayer(path, experts, layout, tuple(runs))
+
+
+def open_skeleton(folder: Folder, experts: int | None = None) -> Skeleton:
+    """Build the model of a folder lazily; `experts` is another K than the config's."""
+    config = with_experts_per_token(folder.config, experts)
+    provenance: Provenance = {}
+    switches: dict[str, nn.Module] = {}
+
+    def classes(config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], type]:
+        model_class, args_class = _mlx_lm_classes(config)
+
+        def build(args: Any) -> nn.Module:
+            model = model_class(args)
+            if folder.manifest is not None:
+                _expect_pack(model, folder, switches)
+            elif hasattr(model, "sanitize"):
+                _watch_sanitize(model, provenance)
+            return model
+
+        return build, args_class
+
+    model, config = _load_lazily(folder, config, classes)
+    if folder.manifest is None:
+        switches = find_switches(model)
+        _require_moe(folder, switches)
+        _refuse_whole_experts(folder, model, switches)
+        if _renamed_after_sanitize(folder.config):
+            provenance = {}
+        elif not provenance:
+            provenance = _as_named(folder.tensors)
+    return Skeleton(folder, model, config, switches, provenance)
+
+
+def find_switches(model: nn.Module) -> dict[str, nn.Module]:
+    """Switch layers by type, in the model's order; attribute names differ between models."""
+    from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, (SwitchGLU, SwitchMLP))
+    ]
+    return dict(sorted(found, key=lambda item: _natural(item[0])))
+
+
+def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, last = path.split(".")
+    place: Any = model
+    for name in parents:
+        place = place[int(name)] if isinstance(place, list) else place[name]
+    if isinstance(place, list):
+        place[int(last)] = module
+    else:
+        place[last] = module
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in path.split(".")]
+
+
+@contextmanager
+def _file_limit() -> Iterator[None]:
+    """mlx_lm.utils lowers the hard limit of open files when imported; put it back."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        yield
+    finally:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if (soft, hard) != limits and hard >= limits[0]:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limits[0]), hard))
+
+
+def _mlx_lm_classes(config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], type]:
+    from mlx_lm.utils import _get_classes
+
+    found: tuple[Callable[[Any], nn.Module], type] = _get_classes(config)
+    return found
+
+
+def _load_lazily(
+    folder: Folder, config: dict[str, Any], classes: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    with _file_limit():
+        from mlx_lm.utils import load_model
+    try:
+        model, config = load_model(
+            folder.path, lazy=True, model_config=config, get_model_classes=classes
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        raise UnsupportedModel(
+            f"mlx-lm cannot build a {folder.architecture} from {folder.path}: "
+            f"{_first_line(error)}. A newer mlx-lm may know it: llm install -U mlx-lm"
+        ) from error
+    return model, config
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0][:200].rstrip(".")
+    return text if isinstance(error, ValueError) else f"{type(error).__name__} {text}"
+
+
+def _watch_sanitize(model: nn.Module, provenance: Provenance) -> None:
+    sanitize = model.sanitize
+
+    def watched(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        provenance.update(trace(sanitize, weights))
+        sanitized: dict[str, mx.array] = sanitize(weights)
+        return sanitized
+
+    object.__setattr__(model, "sanitize", watched)
+
+
+def _expect_pack(model: nn.Module, folder: Folder, switches: dict[str, nn.Module]) -> None:
+    """A pack's weights are sanitized already, and hold no experts: shells take their places."""
+    assert folder.manifest is not None
+    own = find_switches(model)
+    if own.keys() != {layer.path for layer in folder.manifest.layers}:
+        raise CheckpointError(
+            f"{folder.path} was packed for other layers than this mlx-lm builds. Pack it again."
+        )
+    for layer in folder.manifest.layers:
+        switches[layer.path] = shell(own[layer.path], layer.layout)
+        set_module(model, layer.path, nn.Identity())
+    object.__setattr__(model, "sanitize", lambda weights: weights)
+
+
+def shell(switch: nn.Module, layout: Layout) -> nn.Module:
+    """mlx-lm's switch layer, its projections of the type that the layout's parts need."""
+    for name, quantization in layout.quantization:
+        if quantization is not None and hasattr(switch[name], "to_quantized"):
+            parts = {part.param for part in layout.parts if part.projection == name}
+            switch[name] = switch[name].to_quantized(
+                group_size=quantization.group_size,
+                bits=quantization.bits,
+                mode=quantization.mode,
+                global_scale="global_scale" in parts,
+            )
+    return switch
+
+
+def _layout(switch: nn.Module) -> Layout:
+    """The record of one expert, from mlx-lm's own (lazy) arrays."""
+    arrays, quantization = [], []
+    for name, projection in switch.children().items():
+        if "weight" not in projection:
+            if tree_flatten(projection.parameters()):
+                raise UnsupportedModel(
+                    f"{type(switch).__name__}.{name} has weights of its own, which are no "
+                    "expert's; this layer cannot be streamed."
+                )
+            continue
+        bits = getattr(projection, "bits", None)
+        quantization.append(
+            (name, Quantization(bits, projection.group_size, projection.mode) if bits else None)
+        )
+        for param, array in projection.items():
+            if isinstance(array, mx.array):
+                dtype = str(array.dtype).rpartition(".")[2]
+                arrays.append((name, param, dtype, tuple(array.shape[1:])))
+    return make_layout(arrays, quantization)
+
+
+def _expert_count(switch: nn.Module) -> int:
+    name, _ = _layout(switch).quantization[0]
+    return int(switch[name].weight.shape[0])
+
+
+def _run(pieces: Pieces | None, experts: int, nbytes: int, at: int, folder: Folder) -> Run | None:
+    """Where each expert's rows of one part start, if they are contiguous."""
+    if not pieces:
+        return None
+    rows = [view.row(i) for view in pieces for i in range(view.shape[0])]
+    if len(rows) != experts or not all(row.contiguous and row.nbytes == nbytes for row in rows):
+        return None
+    places = [_place(row, folder) for row in rows]
+    files, offsets = zip(*places, strict=True)
+    steps = {b - a for a, b in zip(offsets, offsets[1:], strict=False)}
+    if len(set(files)) == 1 and len(steps) <= 1:
+        return Run(files[0], offsets[0], steps.pop() if steps else 0, nbytes, at)
+    return Run(files[0], 0, 0, nbytes, at, tuple(offsets), tuple(files))
+
+
+def _place(view: View, folder: Folder) -> tuple[Path, int]:
+    tensor = folder.tensors[view.source]
+    return tensor.file, tensor.offset + view.offset
+
+
+def _as_named(tensors: dict[str, Tensor]) -> Provenance:
+    """An architecture without `sanitize` takes the tensors as they are called."""
+    return {
+        name: (whole(name, tensor.shape, max(DTYPE_BITS[tensor.dtype] // 8, 1)),)
+        for name, tensor in tensors.items()
+    }
+
+
+def _renamed_after_sanitize(config: dict[str, Any]) -> bool:
+    """AWQ and GPTQ weights are repacked by mlx-lm after `sanitize`: nothing lies as it is used."""
+    quantization = config.get("quantization_config") or {}
+    return isinstance(quantization, dict) and quantization.get("quant_method") in ("awq", "gptq")
+
+
+def _require_moe(folder: Folder, switches: dict[str, nn.Module]) -> None:
+    if switches:
+        return
+    if routed_experts(folder.config) > 1:
+        raise UnsupportedModel(
+            f"{folder.architecture} computes its experts in its own way, not with mlx-lm's "
+            "SwitchGLU or SwitchMLP, so they cannot be streamed, and loading them whole is what "
+            "this tool is there to avoid."
+        )
+    raise UnsupportedModel(
+        f"{folder.architecture} has no routed experts: every weight is used for every token, so "
+        "there is nothing to stream. Run it with llm-mlx instead."
+    )
+
+
+def _refuse_whole_experts(
+    folder: Folder, model: nn.Module, switches: dict[str, nn.Module]
+) -> None:
+    """No stack of routed experts may stay behind and be loaded whole without a word."""
+    counts = {_expert_count(switch) for switch in switches.values()}
+    inside = tuple(f"{path}." for path in switches)
+    for name, array in tree_flatten(model.parameters()):
+        if (
+            "expert" in name
+            and array.ndim >= 3
+            and array.shape[0] in counts
+            and not name.startswith(inside)
+        ):
+            raise UnsupportedModel(
+                f"{folder.architecture}: {name} looks like a stack of experts outside of the "
+                "layers that can be streamed; loading it whole could fill the memory."
+            )

@@ -1,0 +1,108 @@
+"""A model ready to run: mlx-lm's modules with resident weights, experts on disk.
+
+Owns the store, the reader and the bank, and closes them. Arrays are evaluated in the thread that
+loads; the same thread must run the model.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from flash_moe.checkpoint.folder import experts_per_token, open_folder
+from flash_moe.checkpoint.plan import BANK_BYTES, Plan, make_plan
+from flash_moe.checkpoint.skeleton import open_skeleton
+from flash_moe.errors import FlashMoeError
+from flash_moe.experts.bank import Bank
+from flash_moe.experts.reader import DEFAULT_CHUNK, DEFAULT_THREADS, Reader
+from flash_moe.experts.store import ExpertStore, Mode
+from flash_moe.experts.streamed import Streamer, StreamedSwitch
+
+Progress = Callable[[int, int], None]
+
+# Resident weights are evaluated this much at a time, so that progress moves and Ctrl-C works.
+LOAD_STEP_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to run a model; nothing here but `experts` changes a result."""
+
+    experts: int | None = None
+    bank_bytes: int = BANK_BYTES
+    threads: int = DEFAULT_THREADS
+    chunk: int = DEFAULT_CHUNK
+    mode: Mode = "buffered"
+
+
+@dataclass(slots=True)
+class StreamedModel:
+    model: nn.Module
+    config: dict[str, Any]
+    path: Path
+    plan: Plan
+    streamer: Streamer
+    load_seconds: float
+    _thread: int = field(default_factory=threading.get_ident)
+
+    def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
+        if threading.get_ident() != self._thread:
+            raise FlashMoeError("A loaded model runs in the thread that loaded it.")
+        logits: mx.array = self.model(tokens, cache=cache)
+        return logits
+
+    def make_cache(self) -> list[Any]:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        cache: list[Any] = make_prompt_cache(self.model)
+        return cache
+
+    def close(self) -> None:
+        self.streamer.bank.drain()
+        self.streamer.reader.close()
+        self.streamer.store.close()
+
+
+def load(
+    path: Path, settings: Settings = Settings(), progress: Progress = lambda done, total: None
+) -> StreamedModel:
+    """Open a checkpoint folder or a pack and bring its resident weights, and only those, in."""
+    start = time.perf_counter()
+    folder = open_folder(path)
+    chosen = settings.experts
+    if chosen is None and folder.manifest is not None:
+        chosen = folder.manifest.experts_per_token
+    skeleton = open_skeleton(folder, chosen)
+    layers = skeleton.layers()
+    own = experts_per_token(folder.config) or 1
+    plan = make_plan(skeleton, own, settings.bank_bytes)
+    streamer = Streamer(
+        ExpertStore(layers, settings.mode),
+        Reader(settings.threads, settings.chunk),
+        Bank(plan.bank_slots, plan.bank_bytes // plan.bank_slots),
+    )
+    skeleton.replace(lambda number, switch: StreamedSwitch(streamer, number, switch))
+    _materialise(list(skeleton.resident().values()), progress)
+    seconds = time.perf_counter() - start
+    return StreamedModel(skeleton.model, skeleton.config, path, plan, streamer, seconds)
+
+
+def _materialise(arrays: list[mx.array], progress: Progress) -> None:
+    total = sum(array.nbytes for array in arrays)
+    done, step, pending = 0, 0, list[mx.array]()
+    for array in arrays:
+        pending.append(array)
+        step += array.nbytes
+        if step >= LOAD_STEP_BYTES:
+            mx.eval(pending)
+            done, step, pending = done + step, 0, []
+            progress(done, total)
+    mx.eval(pending)
+    progress(total, total)

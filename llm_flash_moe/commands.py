@@ -1,0 +1,233 @@
+"""`llm flash-moe …`: bring models in, look at them, remove them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from flash_moe.checkpoint.registry import Entry
+
+from llm_flash_moe import places
+from llm_flash_moe.errors import PluginError, shown
+from llm_flash_moe.progress import byte_bar
+
+if TYPE_CHECKING:
+    from flash_moe.checkpoint.plan import Plan
+
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON")
+FOLDER = click.Path(path_type=Path)
+
+
+@click.group(name="flash-moe")
+def flash_moe() -> None:
+    """Run Mixture-of-Experts models that are bigger than memory."""
+
+
+@flash_moe.command()
+@click.argument("path", type=FOLDER)
+@click.option("--name", help="Name for llm -m; the folder's name if left out")
+@click.option("--experts", type=click.IntRange(1), help="Experts a token uses, if not the model's")
+def add(path: Path, name: str | None, experts: int | None) -> None:
+    """Use a checkpoint folder or a pack where it is, without a copy.
+
+    PATH is a folder with config.json and model*.safetensors, as downloaded, or one that
+    `llm flash-moe pack` wrote.
+    """
+    from flash_moe.chat.tokenizer import load_tokenizer
+
+    with shown():
+        path, name = path.expanduser().resolve(), name or default_name(path)
+        places.registry().require_free(name)
+        plan = _plan(path, experts)
+        load_tokenizer(path)
+        places.registry().add(name, Entry(str(path), experts))
+    click.echo(_describe(name, plan))
+    click.echo(f'Ready: llm -m {name} "your prompt"')
+
+
+@flash_moe.command()
+@click.argument("source", type=FOLDER)
+@click.option("--name", help="Name for llm -m; the folder's name if left out")
+@click.option("--experts", type=click.IntRange(1), help="Experts a token uses, if not the model's")
+@click.option("--to", type=FOLDER, help="Folder to write the pack into, instead of llm's own")
+def pack(source: Path, name: str | None, experts: int | None, to: Path | None) -> None:
+    """Write a copy of a checkpoint whose experts are quick to read.
+
+    Every expert becomes one aligned record. A pack that was interrupted goes on where it was when
+    the same command is given again.
+    """
+    from flash_moe.checkpoint.folder import open_folder
+    from flash_moe.checkpoint.pack import plan_pack
+
+    with shown():
+        source, name = source.expanduser().resolve(), name or default_name(source)
+        registry = places.registry()
+        registry.require_free(name)
+        target = (to or places.packs()).expanduser().resolve() / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        job = plan_pack(open_folder(source), target, experts)
+        with byte_bar(f"Packing {name}", job.nbytes) as progress:
+            job.write(progress)
+        registry.add(name, Entry(str(target), experts, managed=to is None))
+        plan = _plan(target, None)
+    click.echo(_describe(name, plan))
+    click.echo(f'Ready: llm -m {name} "your prompt"')
+
+
+@flash_moe.command()
+@AS_JSON
+def models(as_json: bool) -> None:
+    """List the models that were added, packed or made here."""
+    with shown():
+        entries = places.registry().entries()
+    if as_json:
+        listed = {name: {"path": e.path, "experts": e.experts} for name, e in entries.items()}
+        click.echo(json.dumps(listed, indent=2))
+        return
+    if not entries:
+        click.echo("No models yet. Try: llm flash-moe synth, or llm flash-moe add PATH")
+    for name, entry in entries.items():
+        lossy = f"  ({entry.experts} experts a token)" if entry.experts else ""
+        missing = "" if Path(entry.path).is_dir() else "  (the folder is gone)"
+        click.echo(f"{name}  {entry.path}{lossy}{missing}")
+
+
+@flash_moe.command()
+@click.argument("name")
+@click.option("--verify", is_flag=True, help="Read a pack against its checksums")
+@AS_JSON
+def info(name: str, verify: bool, as_json: bool) -> None:
+    """Show what a model is and what it needs, without loading it."""
+    with shown():
+        entry = places.registry().get(name)
+        plan = _plan(Path(entry.path), entry.experts)
+    if as_json:
+        click.echo(json.dumps({"name": name, "path": entry.path, **plan.to_json()}, indent=2))
+    else:
+        click.echo(_describe(name, plan))
+        click.echo(f"Folder: {entry.path}")
+    if verify:
+        _verify(Path(entry.path))
+
+
+@flash_moe.command()
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask before deleting files")
+def remove(name: str, yes: bool) -> None:
+    """Forget a model. Files are deleted only if they were made here."""
+    with shown():
+        registry = places.registry()
+        entry = registry.get(name)
+        ours = entry.managed and Path(entry.path).is_dir()
+        if ours and not yes:
+            click.confirm(f"Delete {entry.path} as well?", abort=True)
+        registry.remove(name)
+        if ours:
+            shutil.rmtree(entry.path)
+    kept = "" if ours else f"; its files stay in {entry.path}"
+    click.echo(f"Removed {name}{kept}.")
+
+
+@flash_moe.command()
+@click.argument("name", required=False)
+def path(name: str | None) -> None:
+    """Print the folder of a model, or the folder where everything is kept."""
+    with shown():
+        click.echo(places.registry().get(name).path if name else places.home())
+
+
+@flash_moe.command()
+@click.option("--name", default="flash-moe-demo", show_default=True, help="Name for llm -m")
+@click.option("--shape", type=click.Choice(["small", "397b"]), default="small", show_default=True)
+@click.option("--layers", type=click.IntRange(1), help="Layers, instead of the shape's")
+@click.option("--experts", type=click.IntRange(1), help="Experts a layer, instead of the shape's")
+@click.option("--bits", type=click.Choice(["2", "3", "4", "6", "8"]), default="4")
+@click.option("--seed", type=click.IntRange(0), default=0)
+@click.option("--to", type=FOLDER, help="Folder to write the model into, instead of llm's own")
+def synth(
+    name: str,
+    shape: str,
+    layers: int | None,
+    experts: int | None,
+    bits: str,
+    seed: int,
+    to: Path | None,
+) -> None:
+    """Make a model of random weights, to try things out and to measure.
+
+    It has the architecture of Qwen3.5-MoE and answers with noise. The shape 397b has the true
+    widths; with 15 layers at 2 bits it takes 32 GB.
+    """
+    from flash_moe.checkpoint.synth import SHAPES, nbytes, synthesize
+
+    with shown():
+        registry = places.registry()
+        registry.require_free(name)
+        chosen = {"layers": layers, "experts": experts}
+        made = replace(SHAPES[shape], **{key: n for key, n in chosen.items() if n is not None})
+        kind: dict[str, Any] = {
+            "bits": int(bits),
+            "dtype": "float32" if shape == "small" else "bfloat16",
+        }
+        target = (to or places.packs()).expanduser().resolve() / name
+        with byte_bar(f"Writing {name}", nbytes(made, **kind)) as progress:
+            synthesize(target, made, seed=seed, progress=progress, **kind)
+        registry.add(name, Entry(str(target), managed=to is None))
+    click.echo(f"Made {name}, a model of random weights: its replies are noise.")
+
+
+def default_name(path: Path) -> str:
+    return path.expanduser().resolve().name.lower()
+
+
+def _plan(path: Path, experts: int | None) -> Plan:
+    from flash_moe.checkpoint.folder import experts_per_token, open_folder
+    from flash_moe.checkpoint.plan import make_plan
+    from flash_moe.checkpoint.skeleton import open_skeleton
+
+    folder = open_folder(path)
+    if experts is None and folder.manifest is not None:
+        experts = folder.manifest.experts_per_token
+    skeleton = open_skeleton(folder, experts)
+    skeleton.layers()
+    return make_plan(skeleton, experts_per_token(folder.config) or 1)
+
+
+def _describe(name: str, plan: Plan) -> str:
+    own = plan.own_experts_per_token
+    k = f"{plan.experts_per_token} a token"
+    if plan.experts_per_token != own:
+        k += f" (fewer than the model's own {own}: faster, less exact)"
+    return (
+        f"{name}: {plan.architecture}, {plan.bits}, {plan.form}\n"
+        f"  experts   {plan.experts} in each of {plan.layers} layers, {k}\n"
+        f"  on disk   {_size(plan.expert_bytes)} of experts, {_size(plan.record_bytes)} each\n"
+        f"  in memory {_size(plan.resident_bytes)} of weights, {_size(plan.bank_bytes)} bank\n"
+        f"  a token   reads up to {_size(plan.token_bytes)}: at 5 GB/s and nothing cached "
+        f"{plan.tokens_per_second(5e9):,.1f} tokens/s at most"
+    )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def _verify(path: Path) -> None:
+    from flash_moe.checkpoint.folder import open_folder
+    from flash_moe.checkpoint.manifest import verify
+
+    with shown():
+        folder = open_folder(path)
+        if folder.manifest is None:
+            raise PluginError("Only packs carry checksums; this model is used as downloaded.")
+        with byte_bar("Verifying", folder.nbytes) as progress:
+            faults = verify(path, folder.manifest, progress)
+    for fault in faults:
+        click.echo(fault, err=True)
+    if faults:
+        raise PluginError("The pack is damaged. Remove it and pack the model again.")
+    click.echo("Every file and record is as it was written.")

@@ -1,0 +1,49 @@
+"""llm's messages as the dictionaries that chat templates take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llm
+from llm.parts import Message, ReasoningPart, TextPart, ToolCallPart, ToolResultPart
+
+
+def to_chat(prompt: llm.Prompt) -> list[dict[str, Any]]:
+    """The whole conversation. A system prompt that changed on the way replaces the old one."""
+    chat = [turn for message in prompt.messages for turn in _turns(message)]
+    if prompt.system:
+        chat = [turn for turn in chat if turn["role"] != "system"]
+        chat.insert(0, {"role": "system", "content": prompt.system})
+    return chat
+
+
+def _turns(message: Message) -> list[dict[str, Any]]:
+    results = [part for part in message.parts if isinstance(part, ToolResultPart)]
+    if results:
+        return [
+            {
+                "role": "tool",
+                "name": part.name,
+                "tool_call_id": part.tool_call_id,
+                "content": part.output,
+            }
+            for part in results
+        ]
+    turn: dict[str, Any] = {
+        "role": message.role,
+        "content": "".join(part.text for part in message.parts if isinstance(part, TextPart)),
+    }
+    thoughts = [part.text for part in message.parts if isinstance(part, ReasoningPart)]
+    if any(thoughts):
+        turn["reasoning_content"] = "".join(thoughts)
+    calls = [part for part in message.parts if isinstance(part, ToolCallPart)]
+    if calls:
+        turn["tool_calls"] = [
+            {
+                "id": part.tool_call_id,
+                "type": "function",
+                "function": {"name": part.name, "arguments": part.arguments},
+            }
+            for part in calls
+        ]
+    return [turn]
