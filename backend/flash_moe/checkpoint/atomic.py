@@ -25,7 +25,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        # Paths that are not UTF-8 come as lone surrogates; `json.loads` reads them back.
+        temporary.write_bytes(text.encode("utf-8", "surrogatepass"))
 
 
 def sync(path: Path) -> None:

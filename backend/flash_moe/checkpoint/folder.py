@@ -136,8 +136,8 @@ def _require_all_shards(path: Path, files: list[Path]) -> None:
     if not index.exists():
         return
     named = read_json(index).get("weight_map", {})
-    wanted = set(named.values()) if isinstance(named, dict) else set()
-    missing = sorted(str(name) for name in wanted - {file.name for file in files})
+    wanted = {str(name) for name in named.values()} if isinstance(named, dict) else set()
+    missing = sorted(wanted - {file.name for file in files})
     if missing:
         raise CheckpointError(
             f"{path} lacks {len(missing)} of {len(wanted)} weight files, {missing[0]} first. "

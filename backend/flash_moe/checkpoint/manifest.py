@@ -89,7 +89,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = _parse(json.loads(path.read_bytes()))
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a manifest that this version can read ({error}). Pack the model again."
         ) from error
@@ -119,6 +119,11 @@ def verify(
     return faults
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a manifest may list it: one plain name, visible, nothing that leads elsewhere."""
+    return bool(_NAME.fullmatch(name))
+
+
 def _parse(value: Any) -> Manifest:
     if value["format"] != FORMAT or value["version"] != VERSION:
         raise ValueError(f"format {value['format']!r}, version {value['version']!r}")
@@ -128,11 +133,16 @@ def _parse(value: Any) -> Manifest:
         for name, entry in value["files"].items()
     }
     chosen = value["experts_per_token"]
+    layers = tuple(_layer(layer, layouts, files) for layer in value["layers"])
+    # Two layers of one path or file would load, and compute with the wrong experts.
+    for names in ([layer.path for layer in layers], [layer.file for layer in layers]):
+        if len(set(names)) != len(names):
+            raise ValueError("a layer occurs twice")
     return Manifest(
         source=_string(value["source"]),
         architecture=_string(value["architecture"]),
-        experts_per_token=None if chosen is None else _count(chosen),
-        layers=tuple(_layer(layer, layouts, files) for layer in value["layers"]),
+        experts_per_token=None if chosen is None else _positive(chosen),
+        layers=layers,
         files=files,
     )
 
@@ -164,6 +174,12 @@ def _count(value: object) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError(f"{value!r:.40} is not a count")
     return value
+
+
+def _positive(value: object) -> int:
+    if not _count(value):
+        raise ValueError("0 is too few")
+    return _count(value)
 
 
 def _string(value: object) -> str:

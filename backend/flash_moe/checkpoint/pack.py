@@ -1,8 +1,9 @@
 """Write a pack: every expert one aligned record, one file a layer, in bounded memory.
 
-The work happens in `NAME.partial`; each finished file is recorded beside it, so that a killed
-pack goes on where it was, and the result is the same to the byte. The manifest is written last
-and the folder then takes its name: a half-made pack has neither.
+The work happens in `NAME.partial`: the pack grows in `pack/`, and each finished file is recorded
+beside it, so that a killed pack goes on where it was, and the result is the same to the byte. The
+manifest is written last and `pack/` then takes its name: a half-made pack has neither. The record
+of the work goes last of all, so that no kill leaves files that nothing vouches for.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ import numpy as np
 
 from flash_moe.checkpoint.atomic import replacing, sync, write_json
 from flash_moe.checkpoint.folder import Folder, read_json, with_experts_per_token
-from flash_moe.checkpoint.manifest import MANIFEST, FileEntry, Manifest, PackedLayer
+from flash_moe.checkpoint.manifest import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    PackedLayer,
+    is_file_name,
+)
 from flash_moe.checkpoint.skeleton import Skeleton, open_skeleton
 from flash_moe.errors import CheckpointError, NoSpace, NotContiguous
 from flash_moe.experts.layout import Layout
@@ -63,10 +70,14 @@ class PackJob:
         return self.expert_bytes + sum(a.nbytes for a in self.skeleton.resident().values())
 
     def write(self, progress: Progress = lambda nbytes: None) -> Manifest:
-        work = self.target.with_name(self.target.name + ".partial")
-        with _claimed(work, self.folder) as state:
-            _require_space(work, self.nbytes)
+        state = self.target.with_name(self.target.name + ".partial")
+        work = state / "pack"
+        _require_space(work, self.target, self.nbytes)
+        with _claimed(state, self.folder):
+            _require_absent(self.target)
+            work.mkdir(exist_ok=True)
             manifest = self._write_into(work, state, progress)
+            shutil.rmtree(state)
         return manifest
 
     def _write_into(self, work: Path, state: Path, progress: Progress) -> Manifest:
@@ -85,7 +96,7 @@ class PackJob:
             files=files,
         )
         write_json(work / MANIFEST, manifest.to_json())
-        shutil.rmtree(state)
+        _remove_strays(work, {*files, MANIFEST})
         work.rename(self.target)
         sync(self.target.parent)
         return manifest
@@ -145,7 +156,7 @@ class PackJob:
         files = {"config.json"}
         for pattern in COPIED:
             for source in sorted(self.folder.path.glob(pattern)):
-                if source.name not in NOT_COPIED and source.is_file():
+                if _is_copied(source):
                     with replacing(work / source.name) as temporary:
                         shutil.copyfile(source, temporary)
                     files.add(source.name)
@@ -158,31 +169,38 @@ def plan_pack(folder: Folder, target: Path, experts: int | None = None) -> PackJ
     """Check what can be checked before a byte is written."""
     if folder.manifest is not None:
         raise CheckpointError(f"{folder.path} is a pack already. Add it: llm flash-moe add PATH")
-    if target.exists():
-        raise CheckpointError(f"{target} exists. Choose another name, or remove it first.")
+    _require_absent(target)
     with_experts_per_token(folder.config, experts)
     return PackJob(folder, open_skeleton(folder), target, experts)
 
 
 @contextmanager
-def _claimed(work: Path, folder: Folder) -> Iterator[Path]:
-    """The folder to work in, for this process alone, and proven to belong to this source."""
-    state = work / ".state"
+def _claimed(state: Path, folder: Folder) -> Iterator[None]:
+    """The folder to work in, for this process alone, and proven to belong to this source.
+
+    The lock is on the folder itself, so that none is left behind; and whoever waited for it must
+    look again, because the winner removes the folder when its pack is done.
+    """
     state.mkdir(parents=True, exist_ok=True)
-    with (work / ".lock").open("w") as lock:
+    fd = os.open(state, os.O_RDONLY | os.O_CLOEXEC)
+    try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CheckpointError(f"Another pack is being written to {work}.") from error
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            still_there = os.path.samestat(os.fstat(fd), state.stat())
+        except (BlockingIOError, FileNotFoundError):
+            still_there = False
+        if not still_there:
+            raise CheckpointError(f"Another pack is being written to {state}.")
         fingerprint = {"source": _fingerprint(folder)}
         known = state / "source.json"
         if known.exists() and read_json(known) != fingerprint:
             raise CheckpointError(
-                f"{work} was begun from another checkpoint. Remove it, or choose another name."
+                f"{state} was begun from another checkpoint. Remove it, or choose another name."
             )
         write_json(known, fingerprint)
-        (work / ".lock").unlink()
-        yield state
+        yield
+    finally:
+        os.close(fd)
 
 
 def _fingerprint(folder: Folder) -> str:
@@ -194,14 +212,32 @@ def _fingerprint(folder: Folder) -> str:
     return digest.hexdigest()
 
 
-def _require_space(work: Path, needed: int) -> None:
-    there = sum(file.stat().st_size for file in work.iterdir() if file.is_file())
-    free = shutil.disk_usage(work).free
+def _require_absent(target: Path) -> None:
+    if target.exists():
+        raise CheckpointError(f"{target} exists. Choose another name, or remove it first.")
+
+
+def _require_space(work: Path, target: Path, needed: int) -> None:
+    there = sum(file.stat().st_size for file in work.iterdir()) if work.exists() else 0
+    disk = next(folder for folder in target.absolute().parents if folder.exists())
+    free = shutil.disk_usage(disk).free
     if needed - there > free:
         raise NoSpace(
-            f"The pack needs {(needed - there) / 1e9:.1f} GB more and {work.parent} has "
+            f"The pack needs {(needed - there) / 1e9:.1f} GB more and {disk} has "
             f"{free / 1e9:.1f} GB free. Free some space or give another folder with --to."
         )
+
+
+def _is_copied(source: Path) -> bool:
+    """Not what a manifest refuses to list, such as the `._config.json` that macOS leaves."""
+    return source.name not in NOT_COPIED and is_file_name(source.name) and source.is_file()
+
+
+def _remove_strays(work: Path, files: set[str]) -> None:
+    """What a killed run began under a temporary name and this one had no need to begin again."""
+    for stray in work.iterdir():
+        if stray.name not in files:
+            stray.unlink()
 
 
 def _settled(config: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Skeleton:
         return experts_per_token(self.config) or 1
 
     def layout(self, path: str) -> Layout:
-        return _layout(self.switches[path])
+        return record_layout(self.switches[path])
 
     def expert_count(self, path: str) -> int:
         if self.folder.manifest is not None:
@@ -231,7 +231,7 @@ def shell(switch: nn.Module, layout: Layout) -> nn.Module:
     return switch
 
 
-def _layout(switch: nn.Module) -> Layout:
+def record_layout(switch: nn.Module) -> Layout:
     """The record of one expert, from mlx-lm's own (lazy) arrays."""
     arrays, quantization = [], []
     for name, projection in switch.children().items():
@@ -254,23 +254,23 @@ def _layout(switch: nn.Module) -> Layout:
 
 
 def _expert_count(switch: nn.Module) -> int:
-    name, _ = _layout(switch).quantization[0]
+    name, _ = record_layout(switch).quantization[0]
     return int(switch[name].weight.shape[0])
 
 
 def _run(pieces: Pieces | None, experts: int, nbytes: int, at: int, folder: Folder) -> Run | None:
     """Where each expert's rows of one part start, if they are contiguous."""
-    if not pieces:
+    if not pieces or sum(view.shape[0] for view in pieces) != experts:
         return None
-    rows = [view.row(i) for view in pieces for i in range(view.shape[0])]
-    if len(rows) != experts or not all(row.contiguous and row.nbytes == nbytes for row in rows):
+    firsts = [view.row(0) for view in pieces]
+    if not all(row.contiguous and row.nbytes == nbytes for row in firsts):
         return None
-    places = [_place(row, folder) for row in rows]
-    files, offsets = zip(*places, strict=True)
-    steps = {b - a for a, b in zip(offsets, offsets[1:], strict=False)}
-    if len(set(files)) == 1 and len(steps) <= 1:
-        return Run(files[0], offsets[0], steps.pop() if steps else 0, nbytes, at)
-    return Run(files[0], 0, 0, nbytes, at, tuple(offsets), tuple(files))
+    if len(pieces) == 1:
+        file, base = _place(firsts[0], folder)
+        return Run(file, base, pieces[0].strides[0], nbytes, at)
+    rows = (view.row(i) for view in pieces for i in range(view.shape[0]))
+    files, offsets = zip(*(_place(row, folder) for row in rows), strict=True)
+    return Run(files[0], 0, 0, nbytes, at, offsets, files)
 
 
 def _place(view: View, folder: Folder) -> tuple[Path, int]:

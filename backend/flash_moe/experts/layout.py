@@ -109,41 +109,52 @@ def make_layout(
 def layout_from_json(value: object) -> Layout:
     """The layout that a manifest claims, or CheckpointError."""
     try:
-        assert isinstance(value, dict)
-        arrays = [
-            (_text(p["projection"]), _text(p["param"]), _dtype(p["dtype"]), _shape(p["shape"]))
-            for p in value["parts"]
-        ]
-        quantization = [
-            (_text(name), None if q is None else _quantization(q))
-            for name, q in value["quantization"].items()
-        ]
-        layout = make_layout(arrays, quantization)
-        offsets = [part["offset"] for part in value["parts"]]
-        assert layout.parts and offsets == [part.offset for part in layout.parts]
-        assert {part.projection for part in layout.parts} == dict(quantization).keys()
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        layout = _parse(value)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError("the record layout in the manifest is not one we write") from error
     return layout
 
 
-def _text(value: object) -> str:
-    assert isinstance(value, str) and value.isidentifier()
-    return value
+def _parse(value: Any) -> Layout:
+    arrays = [
+        (_text(p["projection"]), _text(p["param"]), _dtype(p["dtype"]), _shape(p["shape"]))
+        for p in value["parts"]
+    ]
+    quantization = [
+        (_text(name), None if q is None else _quantization(q))
+        for name, q in value["quantization"].items()
+    ]
+    layout = make_layout(arrays, quantization)
+    offsets = [part["offset"] for part in value["parts"]]
+    _require(bool(layout.parts) and offsets == [part.offset for part in layout.parts])
+    _require(len({part.name for part in layout.parts}) == len(layout.parts))
+    _require({part.projection for part in layout.parts} == dict(quantization).keys())
+    return layout
 
 
-def _dtype(value: object) -> str:
-    assert isinstance(value, str) and value in DTYPE_BYTES
-    return value
+def _require(condition: bool) -> None:
+    """`assert`, but under `python -O` too."""
+    if not condition:
+        raise ValueError
 
 
-def _shape(value: object) -> tuple[int, ...]:
-    assert isinstance(value, list) and len(value) <= 2
-    assert all(type(n) is int and 0 < n < 2**31 for n in value)
+def _text(value: Any) -> str:
+    _require(isinstance(value, str) and value.isidentifier())
+    return str(value)
+
+
+def _dtype(value: Any) -> str:
+    _require(isinstance(value, str) and value in DTYPE_BYTES)
+    return str(value)
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    _require(isinstance(value, list) and len(value) <= 2)
+    _require(all(type(n) is int and 0 < n < 2**31 for n in value))
     return tuple(value)
 
 
 def _quantization(value: dict[str, Any]) -> Quantization:
     bits, group_size, mode = value["bits"], value["group_size"], value["mode"]
-    assert type(bits) is int and 0 < bits <= 8 and type(group_size) is int and group_size > 0
+    _require(type(bits) is int and 0 < bits <= 8 and type(group_size) is int and group_size > 0)
     return Quantization(bits, group_size, _text(mode))

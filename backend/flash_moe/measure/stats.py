@@ -99,5 +99,10 @@ class StopWatch:
 
 def peak_rss() -> int:
     """The most memory that this process has had, as the operating system counts it."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    if sys.platform == "linux":
+        # getrusage would count what the parent had when it forked.
+        with open("/proc/self/status", encoding="ascii") as status:
+            peaks = [line.split()[1] for line in status if line.startswith("VmHWM")]
+        if peaks:
+            return int(peaks[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

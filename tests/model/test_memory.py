@@ -1,0 +1,52 @@
+"""Memory stays bounded however long the prompt is and however many experts there are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from flash_moe.checkpoint.synth import Shape, synthesize
+
+# 3.9 GB of experts; K=1 keeps the arithmetic of 2,000 tokens short on a slow CPU.
+SHAPE = Shape(layers=4, experts=1100, experts_per_token=1, hidden=512, intermediate=512)
+BANK = 32 << 20
+# Python, MLX, mlx-lm and the tokenizer take 110 MB; the rest is the state of 2,000 tokens.
+CONSTANT = 400e6
+
+RUN = """
+import json, sys
+from pathlib import Path
+from flash_moe.engine import Engine
+from flash_moe.measure.stats import peak_rss
+from flash_moe.model.decode import Generation
+from flash_moe.model.load import Settings
+engine = Engine.load(Path(sys.argv[1]), Settings(bank_bytes=int(sys.argv[2])))
+loaded = peak_rss()
+generation = Generation(engine.model, [i % 900 for i in range(2000)], max_tokens=8)
+tokens = len(list(generation))
+print(json.dumps({"tokens": tokens, "loaded": loaded, "peak": peak_rss(),
+                  **engine.model.plan.to_json()}))
+"""
+
+
+def test_two_thousand_tokens_with_experts_of_eight_times_the_memory(tmp_path: Path) -> None:
+    folder = tmp_path / "large"
+    synthesize(folder, SHAPE, bits=8)
+    printed = subprocess.run(
+        [sys.executable, "-c", RUN, str(folder), str(BANK)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    run = json.loads(printed)
+    weights = run["resident_bytes"] + run["bank_bytes"]
+    allowed = weights + CONSTANT
+    print(
+        f"experts {run['expert_bytes'] / 1e6:.0f} MB; resident + bank {weights / 1e6:.0f} MB; "
+        f"peak {run['peak'] / 1e6:.0f} MB, {(run['peak'] - weights) / 1e6:.0f} MB beyond them"
+    )
+    assert run["tokens"] == 8
+    assert run["expert_bytes"] >= 8 * allowed
+    assert run["peak"] <= allowed
