@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from flash_moe.checkpoint.registry import Entry
 
+from flash_moe.checkpoint.registry import Entry
 from llm_flash_moe import places
 from llm_flash_moe.errors import PluginError, shown
 from llm_flash_moe.progress import byte_bar

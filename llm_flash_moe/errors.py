@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import click
 import llm
+
 from flash_moe.errors import FlashMoeError
 
 

@@ -8,14 +8,14 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import llm
+from pydantic import Field, field_validator
+
 from flash_moe.checkpoint.registry import Entry
 from flash_moe.errors import FlashMoeError
 from flash_moe.model.sampling import Sampling
-from pydantic import Field, field_validator
-
 from llm_flash_moe.errors import PluginError, shown
 from llm_flash_moe.messages import to_chat
 from llm_flash_moe.places import registry
@@ -48,7 +48,7 @@ OPTION_NAMES = (
 )
 
 
-class Options(llm.Options):
+class ModelOptions(llm.Options):
     max_tokens: int | None = Field(None, description="Most tokens to generate (8192)")
     temperature: float | None = Field(None, description="0 to 10; 0 always takes the likeliest (0)")
     top_p: float | None = Field(None, description="Sample from this much probability, 0 to 1")
@@ -77,7 +77,7 @@ class Options(llm.Options):
     @classmethod
     def _in_range(cls, value: float | None, info: Any) -> float | None:
         try:
-            Sampling(**{info.field_name: value})
+            Sampling(**{info.field_name: value})  # type: ignore[arg-type]
         except FlashMoeError as error:
             raise ValueError(str(error)) from error
         return value
@@ -92,7 +92,7 @@ class Options(llm.Options):
 class FlashMoE(llm.Model):
     can_stream = True
 
-    class Options(Options):
+    class Options(ModelOptions):
         pass
 
     def __init__(self, name: str, entry: Entry | None) -> None:
@@ -111,7 +111,7 @@ class FlashMoE(llm.Model):
     ) -> Iterator[str]:
         if self._entry is None:
             raise PluginError(FLAGSHIP_HELP)
-        options = prompt.options
+        options = cast(ModelOptions, prompt.options)
         experts = options.experts or self._entry.experts
         prefill = StatusLine("reading the prompt", " tokens")
         with shown(), _lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import llm
+
 from flash_moe.checkpoint.registry import Registry
 
 

@@ -52,7 +52,9 @@ class StatusLine:
             self.clear()
             return
         percent = 100 * done // total
-        sys.stderr.write(f"\r\x1b[2m{self._title} {percent} % of {total:,}{self._unit}\x1b[0m\x1b[K")
+        sys.stderr.write(
+            f"\r\x1b[2m{self._title} {percent} % of {total:,}{self._unit}\x1b[0m\x1b[K"
+        )
         sys.stderr.flush()
         self._shown = True
 

@@ -9,14 +9,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+
 from flash_moe.checkpoint.skeleton import record_layout, shell
 from flash_moe.experts.bank import Bank
 from flash_moe.experts.reader import Reader
 from flash_moe.experts.store import ExpertStore, packed_layer
-from flash_moe.experts.streamed import Streamer, StreamedSwitch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+from flash_moe.experts.streamed import StreamedSwitch, Streamer
 
 # Every mode that mlx-lm can load: (mode, bits, group size).
 QUANTIZATIONS = [
@@ -90,7 +91,7 @@ def test_streamed_equals_resident(
         streamed = stream(switch, Path(folder), 2 * lane)
         streamer = streamed._streamer
         got = streamed(x, indices)
-        assert got.shape == expected.shape and got.dtype == expected.dtype
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
         assert mx.array_equal(got, expected)
         distinct = len(np.unique(np.array(indices)))
         assert streamer.reader.counters.experts == distinct, "an expert was read twice"

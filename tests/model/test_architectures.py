@@ -11,14 +11,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
 import pytest
-from flash_moe.checkpoint.folder import open_folder
-from flash_moe.checkpoint.pack import plan_pack
-from flash_moe.errors import NotContiguous
-from flash_moe.model.load import Settings, StreamedModel, load
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
+from flash_moe.checkpoint.folder import open_folder
+from flash_moe.checkpoint.pack import plan_pack
+from flash_moe.errors import NotContiguous
+from flash_moe.model.load import Settings, StreamedModel, load
 from tests.architectures import (
     CONFIGS,
     EXPERTS_KEY,

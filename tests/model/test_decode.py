@@ -6,16 +6,17 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from flash_moe.checkpoint.synth import Shape, synthesize
-from flash_moe.errors import OptionError
-from flash_moe.model.decode import Generation
-from flash_moe.model.load import Settings, StreamedModel, load
-from flash_moe.model.sampling import Sampling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.utils import load_model
+
+from flash_moe.checkpoint.synth import Shape, synthesize
+from flash_moe.errors import OptionError
+from flash_moe.model.decode import Generation
+from flash_moe.model.load import Settings, StreamedModel, load
+from flash_moe.model.sampling import Sampling
 
 PROMPT = [7, 300, 12, 45, 500, 9, 81, 33, 256, 18, 99]
 

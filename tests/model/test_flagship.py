@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from flash_moe.checkpoint.synth import SHAPES, synthesize
 
 PLAN = """

@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from flash_moe.checkpoint.folder import open_folder
 from flash_moe.checkpoint.pack import plan_pack
 from flash_moe.model.load import Settings, load

@@ -97,13 +97,14 @@ def _from_transformers(path: Path) -> Tokenizer:
         from transformers import AutoTokenizer
 
         slow = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        return slow.backend_tokenizer
+        converted: Tokenizer = slow.backend_tokenizer
     except Exception as error:  # anything may be missing or malformed here
         raise CheckpointError(
             f"{path} has no tokenizer.json, and transformers cannot make one from what is there "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
             "Download the tokenizer's files as well."
         ) from error
+    return converted
 
 
 def _template(path: Path, config: dict[str, Any]) -> str | None:

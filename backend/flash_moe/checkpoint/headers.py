@@ -20,6 +20,8 @@ from flash_moe.errors import CheckpointError
 # The format's own cap. The 397B checkpoint's largest header is under 1 MB; un-fused ones reach 30.
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 16
+# MLX shapes are 32-bit; its reader cuts longer axes down without a word.
+MAX_AXIS = 2**31 - 1
 
 # Bits, since the format has sub-byte types.
 DTYPE_BITS = {
@@ -93,15 +95,27 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
             raise ValueError("a name occurs twice")
+        "".join(found).encode()  # half a surrogate pair is a ValueError too
         return found
 
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
     try:
-        header = json.loads(raw, object_pairs_hook=unique)
+        header = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise _broken(path, "its header is not a JSON object")
+    if not _is_metadata(header.get("__metadata__")):
+        raise _broken(path, "its __metadata__ is not a table of texts")
     return header
+
+
+def _is_metadata(value: object) -> bool:
+    return value is None or (
+        isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+    )
 
 
 def _tensor(path: Path, name: str, entry: object, data_start: int) -> Tensor:
@@ -110,7 +124,7 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> Tensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _broken(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
-    if not _is_sizes(shape) or len(shape) > MAX_DIMENSIONS:
+    if not _is_sizes(shape) or len(shape) > MAX_DIMENSIONS or max(shape, default=0) > MAX_AXIS:
         raise _broken(path, f"tensor {name!r} has the impossible shape {shape!r:.80}")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _broken(path, f"tensor {name!r} has the impossible offsets {offsets!r:.80}")

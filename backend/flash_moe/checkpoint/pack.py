@@ -295,9 +295,7 @@ def _write_records(file: Path, layer: ExpertLayer, progress: Progress) -> tuple[
     return records, digest.hexdigest()
 
 
-def _targets(
-    store: ExpertStore, experts: range, view: memoryview, stride: int
-) -> list[Target]:
+def _targets(store: ExpertStore, experts: range, view: memoryview, stride: int) -> list[Target]:
     found: list[Target] = []
     for slot, expert in enumerate(experts):
         for segment in store.segments(0, expert):
@@ -319,7 +317,7 @@ def _write_computed(
             rows = np.array(mx.contiguous(array).reshape(experts, -1).view(mx.uint8), copy=False)
             for expert, row in enumerate(rows):
                 at = expert * layout.stride + part.offset
-                _write_fully(out.fileno(), memoryview(np.ascontiguousarray(row)), at)
+                _write_fully(out.fileno(), np.ascontiguousarray(row).data, at)
             progress(part.nbytes * experts)
     return _read_back(file, layout)
 

@@ -55,8 +55,9 @@ def make_plan(skeleton: Skeleton, own_experts_per_token: int, bank_bytes: int = 
     counts = {path: skeleton.expert_count(path) for path in skeleton.switches}
     widest = max(layouts.values(), key=lambda layout: layout.nbytes)
     k = skeleton.experts_per_token
-    slots = bank_slots(max(layout.stride for layout in layouts.values()), k,
-                       max(counts.values()), bank_bytes)
+    slots = bank_slots(
+        max(layout.stride for layout in layouts.values()), k, max(counts.values()), bank_bytes
+    )
     return Plan(
         architecture=skeleton.folder.architecture,
         form=skeleton.folder.form,

@@ -73,8 +73,8 @@ class Skeleton:
     def resident(self) -> dict[str, mx.array]:
         """Parameters that are no expert's, still lazy. Complete only after `replace`."""
         inside = tuple(f"{path}." for path in self.switches)
-        flat = tree_flatten(self.model.parameters())
-        return {name: array for name, array in flat if not name.startswith(inside)}
+        flat = parameters(self.model)
+        return {name: array for name, array in flat.items() if not name.startswith(inside)}
 
     def _layer_in_place(self, path: str) -> ExpertLayer:
         layout = self.layout(path)
@@ -122,6 +122,12 @@ def open_skeleton(folder: Folder, experts: int | None = None) -> Skeleton:
         elif not provenance:
             provenance = _as_named(folder.tensors)
     return Skeleton(folder, model, config, switches, provenance)
+
+
+def parameters(module: nn.Module) -> dict[str, mx.array]:
+    """Every array of a module by its path, in the module's order."""
+    flat: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+    return flat
 
 
 def find_switches(model: nn.Module) -> dict[str, nn.Module]:
@@ -236,7 +242,7 @@ def record_layout(switch: nn.Module) -> Layout:
     arrays, quantization = [], []
     for name, projection in switch.children().items():
         if "weight" not in projection:
-            if tree_flatten(projection.parameters()):
+            if parameters(projection):
                 raise UnsupportedModel(
                     f"{type(switch).__name__}.{name} has weights of its own, which are no "
                     "expert's; this layer cannot be streamed."
@@ -307,13 +313,11 @@ def _require_moe(folder: Folder, switches: dict[str, nn.Module]) -> None:
     )
 
 
-def _refuse_whole_experts(
-    folder: Folder, model: nn.Module, switches: dict[str, nn.Module]
-) -> None:
+def _refuse_whole_experts(folder: Folder, model: nn.Module, switches: dict[str, nn.Module]) -> None:
     """No stack of routed experts may stay behind and be loaded whole without a word."""
     counts = {_expert_count(switch) for switch in switches.values()}
     inside = tuple(f"{path}." for path in switches)
-    for name, array in tree_flatten(model.parameters()):
+    for name, array in parameters(model).items():
         if (
             "expert" in name
             and array.ndim >= 3

@@ -18,9 +18,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from flash_moe.checkpoint.atomic import sync, write_json
+from flash_moe.checkpoint.skeleton import parameters
 from flash_moe.checkpoint.synth_tokenizer import TEMPLATE, make_tokenizer, require_vocabulary
 from flash_moe.errors import CheckpointError, NoSpace, OptionError
 
@@ -173,11 +173,9 @@ def _slots(shape: Shape, bits: int, group_size: int, dtype: str, seed: int) -> l
         nn.quantize(model, group_size, bits, class_predicate=_quantized_as)
     except ValueError as error:
         raise OptionError(f"This shape cannot be built: {error}.") from error
-    quantized = {
-        path: module for path, module in model.named_modules() if hasattr(module, "bits")
-    }
+    quantized = {path: module for path, module in model.named_modules() if hasattr(module, "bits")}
     slots = []
-    for name, array in tree_flatten(model.parameters()):
+    for name, array in parameters(model).items():
         owner, _, param = name.rpartition(".")
         module = quantized.get(owner)
         if module is None:
@@ -232,7 +230,9 @@ def _write_file(
         kind = _TYPES[str(slot.array.dtype).rpartition(".")[2]]
         end = at + slot.array.nbytes
         header[slot.name] = {
-            "dtype": kind, "shape": list(slot.array.shape), "data_offsets": [at, end]
+            "dtype": kind,
+            "shape": list(slot.array.shape),
+            "data_offsets": [at, end],
         }
         at = end
     raw = json.dumps(header).encode()
@@ -266,7 +266,7 @@ def _bytes(slot: _Slot) -> Iterator[memoryview]:
     array = slot.array
     if slot.name.endswith(("lm_head.scales", "lm_head.biases")):
         array = _only_words(array)
-    yield memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8))
+    yield memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8))  # type: ignore[arg-type]
 
 
 def _only_words(array: mx.array) -> mx.array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -43,54 +44,7 @@ expert is fetched once for many tokens. When the answer begins, words come one a
 each of them a short walk through every layer of the house.
 """
 
-TEMPLATE = """\
-{%- macro said(content) -%}
-{%- if content is string %}{{ content }}{% elif content %}{% for part in content -%}
-{{ part.text }}{% endfor %}{% endif -%}
-{%- endmacro -%}
-{%- set start = 1 if messages[0].role == 'system' else 0 -%}
-{%- if tools -%}
-{{- '<|im_start|>system\\n# Tools\\n\\nThese functions can be called:\\n\\n<tools>' -}}
-{%- for tool in tools %}{{ '\\n' + (tool | tojson) }}{% endfor -%}
-{{- '\\n</tools>\\n\\nWrite a call as:\\n<tool_call>\\n<function=NAME>\\n<parameter=KEY>\\nVALUE\\n</parameter>\\n</function>\\n</tool_call>' -}}
-{%- if start %}{{ '\\n\\n' + said(messages[0].content) | trim }}{% endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- elif start -%}
-{{- '<|im_start|>system\\n' + said(messages[0].content) | trim + '<|im_end|>\\n' -}}
-{%- endif -%}
-{%- set last = namespace(query=-1) -%}
-{%- for message in messages %}{% if message.role == 'user' %}{% set last.query = loop.index0 %}{% endif %}{% endfor -%}
-{%- for message in messages[start:] -%}
-{%- if message.role == 'user' or message.role == 'system' -%}
-{{- '<|im_start|>' + message.role + '\\n' + said(message.content) | trim + '<|im_end|>\\n' -}}
-{%- elif message.role == 'assistant' -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- if message.reasoning_content and loop.index0 + start > last.query -%}
-{{- '<think>\\n' + message.reasoning_content | trim + '\\n</think>\\n\\n' -}}
-{%- endif -%}
-{{- said(message.content) | trim -}}
-{%- for call in message.tool_calls or [] -%}
-{%- set call = call.function or call -%}
-{{- '\\n<tool_call>\\n<function=' + call.name + '>\\n' -}}
-{%- for key, value in call.arguments.items() -%}
-{{- '<parameter=' + key + '>\\n' -}}
-{{- value if value is string else value | tojson -}}
-{{- '\\n</parameter>\\n' -}}
-{%- endfor -%}
-{{- '</function>\\n</tool_call>' -}}
-{%- endfor -%}
-{{- '<|im_end|>\\n' -}}
-{%- elif message.role == 'tool' -%}
-{{- '<|im_start|>user\\n<tool_response>\\n' + said(message.content) + '\\n</tool_response><|im_end|>\\n' -}}
-{%- else -%}
-{{- raise_exception('There is no role ' + message.role) -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{{- '<think>\\n' if enable_thinking is not defined or enable_thinking else '<think>\\n\\n</think>\\n\\n' -}}
-{%- endif -%}
-"""
+TEMPLATE = Path(__file__).with_name("synth_template.jinja").read_text("utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +69,7 @@ def make_tokenizer() -> SynthTokenizer:
     tokenizer.train_from_iterator([TEXT] * 2, trainer)
     tokenizer.add_special_tokens(SPECIAL[:HIDDEN])
     tokenizer.add_tokens(SPECIAL[HIDDEN:])
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
+    ids = {token: number for token, number in tokenizer.get_vocab().items() if token in SPECIAL}
     config = {
         "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": "<|im_end|>",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -68,7 +69,7 @@ def trace(
 
     # `Contiguous` cannot be exported, and says nothing about where the bytes are.
     contiguous = mx.contiguous
-    mx.contiguous = lambda array, *_, **__: array  # type: ignore[assignment]
+    mx.contiguous = lambda array, *_, **__: array
     try:
         mx.export_function(nodes.append, run, *inputs)
     except ValueError:
@@ -131,9 +132,7 @@ def _slice_stack(pieces: Pieces, start: Any, end: Any, step: Any) -> Pieces | No
     rows = sum(view.shape[0] for view in pieces)
     if (start[0], end[0], step[0]) != (0, rows, 1):
         return None
-    return tuple(
-        _slice(view, start, (view.shape[0], *end[1:]), step) for view in pieces
-    )
+    return tuple(_slice(view, start, (view.shape[0], *end[1:]), step) for view in pieces)
 
 
 def _split(view: View, node: dict[str, Any]) -> list[View | None]:
@@ -212,7 +211,7 @@ def _reshaped_strides(view: View, shape: tuple[int, ...]) -> tuple[int, ...] | N
                 run_new.append(new.pop(0))
             else:
                 return None
-        for (_, outer), (length, inner) in zip(run_old, run_old[1:], strict=False):
+        for (_, outer), (length, inner) in pairwise(run_old):
             if outer != length * inner:
                 return None
         strides += _row_major(tuple(run_new), run_old[-1][1])

@@ -49,8 +49,9 @@ class Lane:
     def arrays(self, layout: Layout) -> Arrays:
         """The slots seen as stacked arrays [slots, …], one a part, without a copy."""
         if layout not in self._arrays:
-            views = {part.name: self._view(part.dtype, part.shape, part.offset)
-                     for part in layout.parts}
+            views = {
+                part.name: self._view(part.dtype, part.shape, part.offset) for part in layout.parts
+            }
             mx.eval(list(views.values()))
             self._arrays[layout] = views
         return self._arrays[layout]
@@ -137,7 +138,7 @@ class Bank:
 
 def _lane(slots: int, stride: int) -> Lane:
     memory = _aligned(slots * stride)
-    raw = memoryview(memory)
+    raw = memoryview(memory)  # type: ignore[arg-type]
     return Lane(slots, stride, memory, [raw[i * stride : (i + 1) * stride] for i in range(slots)])
 
 

@@ -69,7 +69,9 @@ class Reader:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def _pieces(self, segment: Segment, buffer: memoryview) -> Iterator[tuple[int, int, memoryview]]:
+    def _pieces(
+        self, segment: Segment, buffer: memoryview
+    ) -> Iterator[tuple[int, int, memoryview]]:
         for at in range(0, segment.length, self.chunk):
             yield segment.fd, segment.offset + at, buffer[at : at + self.chunk]
 

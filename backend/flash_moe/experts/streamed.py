@@ -50,11 +50,11 @@ class Streamer:
         return lane
 
 
-class StreamedSwitch(nn.Module):  # type: ignore[misc]
+class StreamedSwitch(nn.Module):
     """`(x [..., H], indices [..., k]) → [..., k, H]`, the experts read from disk."""
 
     def __init__(self, streamer: Streamer, layer: int, inner: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         # Around nn.Module's own attributes: the inner module's arrays are the bank's memory, and
         # must show up neither as parameters nor as layers to quantize.
         object.__setattr__(self, "_streamer", streamer)

@@ -23,7 +23,7 @@ from flash_moe.errors import FlashMoeError
 from flash_moe.experts.bank import Bank
 from flash_moe.experts.reader import DEFAULT_CHUNK, DEFAULT_THREADS, Reader
 from flash_moe.experts.store import ExpertStore, Mode
-from flash_moe.experts.streamed import Streamer, StreamedSwitch
+from flash_moe.experts.streamed import StreamedSwitch, Streamer
 
 Progress = Callable[[int, int], None]
 

@@ -1,0 +1,49 @@
+# Both commands work on a machine that has only make and Python 3.11 or newer.
+#   make demo   make a model, run it, show its reply and statistics
+#   make test   lint, types and tests; more for pytest in ARGS, e.g. make test ARGS='-k decode'
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+DEMO := $(CURDIR)/.demo
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint format readme clean
+
+help:
+	@sed -n '2,3s/^# //p' Makefile
+
+demo: $(READY)
+	@echo "Random weights: the reply shows that the machinery works, not what a model can say."
+	@LLM_USER_PATH=$(DEMO) $(BIN)/llm flash-moe path flash-moe-demo >/dev/null 2>&1 \
+		|| LLM_USER_PATH=$(DEMO) $(BIN)/llm flash-moe synth
+	LLM_USER_PATH=$(DEMO) $(BIN)/llm -m flash-moe-demo -o max_tokens 60 -o stats 1 \
+		"Tell me about mixtures of experts."
+
+test: lint
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(READY)
+	@$(BIN)/ruff check -q .
+	@$(BIN)/ruff format -q --check .
+	@$(BIN)/mypy
+
+format: $(READY)
+	@$(BIN)/ruff check -q --fix .
+	@$(BIN)/ruff format -q .
+
+clean:
+	rm -rf $(VENV) $(DEMO) dist
+
+# The newest Python that is new enough and can make environments.
+$(READY): pyproject.toml
+	@python=; for name in python3.14 python3.13 python3.12 python3.11 python3 python; do \
+		if $$name -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+		then python=$$name; break; fi; done; \
+	if [ -z "$$python" ]; then \
+		echo "Python 3.11 or newer is needed, with venv. On Debian: apt install python3-venv"; \
+		exit 1; fi; \
+	echo "Installing into $(VENV), once (a minute or two)"; \
+	$$python -m venv $(VENV)
+	@$(BIN)/pip install -q -e ".[test]"
+	@touch $(READY)
