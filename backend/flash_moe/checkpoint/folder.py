@@ -90,17 +90,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def routed_experts(config: dict[str, Any]) -> int:
     """How many routed experts a layer has, as far as the config says; 0 for a dense model."""
-    counts = [value for _, value in _settings(config, ROUTED_EXPERTS)]
-    return max((count for count in counts if isinstance(count, int)), default=0)
+    counts = [n for *_, value in _settings(config, ROUTED_EXPERTS) for n in _counts(value)]
+    return max(counts, default=0)
 
 
 def experts_per_token(config: dict[str, Any]) -> int | None:
     """K: how many experts a token uses in a layer, the most where layers differ."""
-    for _, value in _settings(config, EXPERTS_PER_TOKEN):
-        if isinstance(value, list):
-            return max(value, default=None)
-        if isinstance(value, int):
-            return value
+    for *_, value in _settings(config, EXPERTS_PER_TOKEN):
+        if counts := _counts(value):
+            return max(counts)
     return None
 
 
@@ -115,16 +113,24 @@ def with_experts_per_token(config: dict[str, Any], experts: int | None) -> dict[
     if not 1 <= experts <= max(total, own):
         raise OptionError(f"experts={experts}: this model has {total}; choose 1 to {total}.")
     changed = copy.deepcopy(config)
-    for place, value in _settings(changed, EXPERTS_PER_TOKEN):
-        key = next(key for key in EXPERTS_PER_TOKEN if key in place)
+    for place, key, value in _settings(changed, EXPERTS_PER_TOKEN):
         place[key] = [experts] * len(value) if isinstance(value, list) else experts
     return changed
 
 
-def _settings(config: dict[str, Any], keys: tuple[str, ...]) -> list[tuple[dict[str, Any], Any]]:
+def _settings(
+    config: dict[str, Any], keys: tuple[str, ...]
+) -> list[tuple[dict[str, Any], str, Any]]:
     """Where a setting stands: at the top, or in the nested config of the language model."""
     places = [config, *(value for value in config.values() if isinstance(value, dict))]
-    return [(place, place[key]) for place in places for key in keys if place.get(key) is not None]
+    return [
+        (place, key, place[key]) for place in places for key in keys if place.get(key) is not None
+    ]
+
+
+def _counts(value: Any) -> list[int]:
+    """One for all layers, or one a layer; what is no count is not counted."""
+    return [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
 
 
 def _require_all_shards(path: Path, files: list[Path]) -> None:

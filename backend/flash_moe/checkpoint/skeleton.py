@@ -30,6 +30,18 @@ from flash_moe.errors import CheckpointError, NotContiguous, UnsupportedModel
 from flash_moe.experts.layout import Layout, Quantization, make_layout
 from flash_moe.experts.store import ExpertLayer, Run, packed_layer
 
+# What mlx-lm's models raise on configs and weights that they were not written for.
+MLX_LM_REFUSALS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 Provenance = dict[str, Pieces | None]
 
 
@@ -185,7 +197,7 @@ def _load_lazily(
         model, config = load_model(
             folder.path, lazy=True, model_config=config, get_model_classes=classes
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+    except MLX_LM_REFUSALS as error:
         raise UnsupportedModel(
             f"mlx-lm cannot build a {folder.architecture} from {folder.path}: "
             f"{_first_line(error)}. A newer mlx-lm may know it: llm install -U mlx-lm"
@@ -202,8 +214,10 @@ def _watch_sanitize(model: nn.Module, provenance: Provenance) -> None:
     sanitize = model.sanitize
 
     def watched(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        provenance.update(trace(sanitize, weights))
+        traced = trace(sanitize, weights)
         sanitized: dict[str, mx.array] = sanitize(weights)
+        # A `sanitize` that looks at values cannot be traced at all: no output has a place then.
+        provenance.update({name: traced.get(name) for name in sanitized})
         return sanitized
 
     object.__setattr__(model, "sanitize", watched)

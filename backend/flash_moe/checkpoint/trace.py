@@ -116,23 +116,29 @@ def _apply(node: dict[str, Any], inputs: list[Pieces | None]) -> list[Pieces | N
     pieces = known[0]
     if len(pieces) > 1:
         # Moves over a stack keep its pieces only where they leave the first axis alone.
-        return [_slice_stack(pieces, *node["arguments"])] if name == "Slice" else unknown
+        return [_slice_stack(pieces, node)] if name == "Slice" else unknown
     moved = _MOVES[name](pieces[0], node)
     return [None if view is None else (view,) for view in moved]
 
 
-def _slice(view: View, start: Any, end: Any, step: Any) -> View:
+def _slice(view: View, shape: tuple[int, ...], start: Any, step: Any) -> View:
+    """The shape is the output's: the end of a slice may lie outside, and does for `[::-1]`."""
     offset = view.offset + sum(a * s for a, s in zip(start, view.strides, strict=True))
-    shape = tuple(len(range(a, b, c)) for a, b, c in zip(start, end, step, strict=True))
     strides = tuple(s * c for s, c in zip(view.strides, step, strict=True))
     return replace(view, offset=offset, shape=shape, strides=strides)
 
 
-def _slice_stack(pieces: Pieces, start: Any, end: Any, step: Any) -> Pieces | None:
-    rows = sum(view.shape[0] for view in pieces)
-    if (start[0], end[0], step[0]) != (0, rows, 1):
+def _slice_one(view: View, node: dict[str, Any]) -> list[View | None]:
+    start, _, step = node["arguments"]
+    return [_slice(view, tuple(node["outputs"][0][1]), start, step)]
+
+
+def _slice_stack(pieces: Pieces, node: dict[str, Any]) -> Pieces | None:
+    start, _, step = node["arguments"]
+    rows, *inner = node["outputs"][0][1]
+    if rows != sum(view.shape[0] for view in pieces) or (start[0], step[0]) != (0, 1):
         return None
-    return tuple(_slice(view, start, (view.shape[0], *end[1:]), step) for view in pieces)
+    return tuple(_slice(view, (view.shape[0], *inner), start, step) for view in pieces)
 
 
 def _split(view: View, node: dict[str, Any]) -> list[View | None]:
@@ -168,7 +174,7 @@ def _reinterpret(view: View, node: dict[str, Any]) -> list[View | None]:
 
 
 _MOVES: dict[str, Callable[[View, dict[str, Any]], list[View | None]]] = {
-    "Slice": lambda view, node: [_slice(view, *node["arguments"])],
+    "Slice": _slice_one,
     "Split": _split,
     "Transpose": _transpose,
     "Reshape": _reshape,

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -47,14 +48,19 @@ class Lane:
     _arrays: dict[Layout, Arrays] = field(default_factory=dict)
 
     def arrays(self, layout: Layout) -> Arrays:
-        """The slots seen as stacked arrays [slots, …], one a part, without a copy."""
+        """The slots seen as stacked arrays [slots, …], one a part: views of the lane's memory,
+        or on CUDA fresh copies of the slots that have an owner."""
         if layout not in self._arrays:
             views = {
                 part.name: self._view(part.dtype, part.shape, part.offset) for part in layout.parts
             }
             mx.eval(list(views.values()))
             self._arrays[layout] = views
-        return self._arrays[layout]
+        views = self._arrays[layout]
+        if not _copies_to_device():
+            return views
+        used = len(self.owners)
+        return {name: mx.contiguous(view[:used]) for name, view in views.items()}
 
     def fence(self, output: mx.array) -> None:
         """Declare what is computed from this lane; its slots stay untouched until it is."""
@@ -134,6 +140,13 @@ class Bank:
             assert len(set(lane.owners)) == len(lane.owners), lane.owners
             assert (lane.state is State.FREE) == (not lane.owners), lane
             assert (lane.state is State.IN_USE) == (lane._output is not None), lane
+
+
+@cache
+def _copies_to_device() -> bool:
+    """MLX's CUDA gather_qmm takes contiguous weights only (0.32.4: "No implementation for problem
+    shape"), and a discrete GPU reads them faster from its own memory than over the bus."""
+    return bool(mx.default_device() == mx.gpu) and not mx.metal.is_available()
 
 
 def _lane(slots: int, stride: int) -> Lane:
