@@ -1,23 +1,25 @@
 # Both commands work on a machine that has only make and Python 3.11 or newer.
 #   make demo   make a model, run it, show its reply and statistics
 #   make test   lint, types and tests; more for pytest in ARGS, e.g. make test ARGS='-k decode'
+#   make lint   lint and types alone; make format mends what can be mended; make clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-DEMO := $(CURDIR)/.demo
+# Nothing outside this folder is touched, unless the user has said where models go.
+DEMO := $(or $(LLM_USER_PATH),$(CURDIR)/.demo)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test lint format readme clean
 
 help:
-	@sed -n '2,3s/^# //p' Makefile
+	@sed -n '2,4s/^# //p' Makefile
 
 demo: $(READY)
 	@echo "Random weights: the reply shows that the machinery works, not what a model can say."
-	@LLM_USER_PATH=$(DEMO) $(BIN)/llm flash-moe path flash-moe-demo >/dev/null 2>&1 \
-		|| LLM_USER_PATH=$(DEMO) $(BIN)/llm flash-moe synth
-	LLM_USER_PATH=$(DEMO) $(BIN)/llm -m flash-moe-demo -o max_tokens 60 -o stats 1 \
+	@LLM_USER_PATH="$(DEMO)" $(BIN)/llm flash-moe path flash-moe-demo >/dev/null 2>&1 \
+		|| LLM_USER_PATH="$(DEMO)" $(BIN)/llm flash-moe synth
+	LLM_USER_PATH="$(DEMO)" $(BIN)/llm -m flash-moe-demo -o max_tokens 60 -o stats 1 \
 		"Tell me about mixtures of experts."
 
 test: lint
@@ -33,7 +35,7 @@ format: $(READY)
 	@$(BIN)/ruff format -q .
 
 clean:
-	rm -rf $(VENV) $(DEMO) dist
+	rm -rf $(VENV) .demo dist
 
 # The newest Python that is new enough and can make environments.
 $(READY): pyproject.toml

@@ -67,7 +67,7 @@ def pack(source: Path, name: str | None, experts: int | None, to: Path | None) -
         source, name = source.expanduser().resolve(), name or default_name(source)
         registry = places.registry()
         registry.require_free(name)
-        target = (to or places.packs()).expanduser().resolve() / name
+        target = places.new_folder(name, to)
         target.parent.mkdir(parents=True, exist_ok=True)
         job = plan_pack(open_folder(source), target, experts)
         with byte_bar(f"Packing {name}", job.nbytes) as progress:
@@ -104,14 +104,22 @@ def info(name: str, verify: bool, as_json: bool) -> None:
     """Show what a model is and what it needs, without loading it."""
     with shown():
         entry = places.registry().get(name)
-        plan = _plan(Path(entry.path), entry.experts)
+        folder = places.folder(name, entry)
+        plan = _plan(folder, entry.experts)
+        faults = _faults(folder) if verify else None
     if as_json:
-        click.echo(json.dumps({"name": name, "path": entry.path, **plan.to_json()}, indent=2))
+        checked = {} if faults is None else {"faults": faults}
+        found = {"name": name, "path": entry.path, **plan.to_json(), **checked}
+        click.echo(json.dumps(found, indent=2))
     else:
         click.echo(_describe(name, plan))
         click.echo(f"Folder: {entry.path}")
-    if verify:
-        _verify(Path(entry.path))
+        for fault in faults or ():
+            click.echo(fault, err=True)
+        if faults == []:
+            click.echo("Every file and record is as it was written.")
+    if faults:
+        raise PluginError("The pack is damaged. Remove it and pack the model again.")
 
 
 @flash_moe.command()
@@ -125,10 +133,11 @@ def remove(name: str, yes: bool) -> None:
         ours = entry.managed and Path(entry.path).is_dir()
         if ours and not yes:
             click.confirm(f"Delete {entry.path} as well?", abort=True)
-        registry.remove(name)
         if ours:
+            # Before it is forgotten: what is left of it after a failure can be removed again.
             shutil.rmtree(entry.path)
-    kept = "" if ours else f"; its files stay in {entry.path}"
+        registry.remove(name)
+    kept = f"; its files stay in {entry.path}" if Path(entry.path).is_dir() else ""
     click.echo(f"Removed {name}{kept}.")
 
 
@@ -142,11 +151,23 @@ def path(name: str | None) -> None:
 
 @flash_moe.command()
 @click.option("--name", default="flash-moe-demo", show_default=True, help="Name for llm -m")
-@click.option("--shape", type=click.Choice(["small", "397b"]), default="small", show_default=True)
-@click.option("--layers", type=click.IntRange(1), help="Layers, instead of the shape's")
+@click.option(
+    "--shape",
+    type=click.Choice(["small", "397b"]),
+    default="small",
+    show_default=True,
+    help="Widths: of a demo, or of Qwen3.5-397B-A17B",
+)
+@click.option("--layers", type=click.IntRange(4), help="Layers, instead of the shape's")
 @click.option("--experts", type=click.IntRange(1), help="Experts a layer, instead of the shape's")
-@click.option("--bits", type=click.Choice(["2", "3", "4", "6", "8"]), default="4")
-@click.option("--seed", type=click.IntRange(0), default=0)
+@click.option(
+    "--bits",
+    type=click.Choice(["2", "3", "4", "6", "8"]),
+    default="4",
+    show_default=True,
+    help="Bits of a weight",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Another seed, other weights")
 @click.option("--to", type=FOLDER, help="Folder to write the model into, instead of llm's own")
 def synth(
     name: str,
@@ -173,7 +194,9 @@ def synth(
             "bits": int(bits),
             "dtype": "float32" if shape == "small" else "bfloat16",
         }
-        target = (to or places.packs()).expanduser().resolve() / name
+        # A token cannot use more experts than there are.
+        made = replace(made, experts_per_token=min(made.experts_per_token, made.experts))
+        target = places.new_folder(name, to)
         with byte_bar(f"Writing {name}", nbytes(made, **kind)) as progress:
             synthesize(target, made, seed=seed, progress=progress, **kind)
         registry.add(name, Entry(str(target), managed=to is None))
@@ -216,18 +239,12 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
-def _verify(path: Path) -> None:
+def _faults(path: Path) -> list[str]:
     from flash_moe.checkpoint.folder import open_folder
     from flash_moe.checkpoint.manifest import verify
 
-    with shown():
-        folder = open_folder(path)
-        if folder.manifest is None:
-            raise PluginError("Only packs carry checksums; this model is used as downloaded.")
-        with byte_bar("Verifying", folder.nbytes) as progress:
-            faults = verify(path, folder.manifest, progress)
-    for fault in faults:
-        click.echo(fault, err=True)
-    if faults:
-        raise PluginError("The pack is damaged. Remove it and pack the model again.")
-    click.echo("Every file and record is as it was written.")
+    folder = open_folder(path)
+    if folder.manifest is None:
+        raise PluginError("Only packs carry checksums; this model is used as downloaded.")
+    with byte_bar("Verifying", folder.nbytes) as progress:
+        return verify(path, folder.manifest, progress)

@@ -21,8 +21,11 @@ class PluginError(click.ClickException, llm.ModelError):
 
 @contextmanager
 def shown() -> Iterator[None]:
-    """Engine errors raised inside are shown as messages."""
+    """Errors of the engine and of the operating system raised inside are shown as messages."""
     try:
         yield
     except FlashMoeError as error:
         raise PluginError(str(error)) from error
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        raise PluginError(f"{place}{error.strerror or error}.") from error

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import click
 import llm
 from pydantic import Field, field_validator
 
@@ -18,7 +19,7 @@ from flash_moe.errors import FlashMoeError
 from flash_moe.model.sampling import Sampling
 from llm_flash_moe.errors import PluginError, shown
 from llm_flash_moe.messages import to_chat
-from llm_flash_moe.places import registry
+from llm_flash_moe.places import folder, registry
 from llm_flash_moe.progress import StatusLine
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class FlashMoE(llm.Model):
         experts = options.experts or self._entry.experts
         prefill = StatusLine("reading the prompt", " tokens")
         with shown(), _lock:
-            engine = _engine(Path(self._entry.path), experts)
+            engine = _engine(folder(self.model_id, self._entry), experts)
             reply = engine.reply(
                 to_chat(prompt),
                 max_tokens=options.max_tokens,
@@ -139,8 +140,14 @@ def known_models() -> dict[str, Entry | None]:
         models.update(registry().entries())
     except FlashMoeError as error:
         # Raising here would break every `llm -m`, also for other plugins' models.
-        warnings.warn(str(error), stacklevel=2)
+        _warn(str(error))
     return models
+
+
+@cache
+def _warn(text: str) -> None:
+    """Once: llm asks for the models again and again."""
+    click.echo(f"Warning: {text}", err=True)
 
 
 # One model fills the memory; a second one replaces it. llm's async models will share it, too.
@@ -152,7 +159,11 @@ def _engine(path: Path, experts: int | None) -> Engine:
     key = (path, experts)
     if key not in _loaded:
         from flash_moe.engine import Engine
+        from flash_moe.measure.backend import find_backends
         from flash_moe.model.load import Settings
+
+        if mend := find_backends().mend:
+            _warn(f"MLX is not using the back end that was installed for it. To mend that: {mend}")
 
         while _loaded:
             _loaded.popitem()[1].close()

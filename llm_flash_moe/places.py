@@ -6,7 +6,8 @@ from pathlib import Path
 
 import llm
 
-from flash_moe.checkpoint.registry import Registry
+from flash_moe.checkpoint.registry import Entry, Registry
+from llm_flash_moe.errors import PluginError
 
 
 def home() -> Path:
@@ -20,3 +21,19 @@ def packs() -> Path:
 
 def registry() -> Registry:
     return Registry(home() / "models.json")
+
+
+def new_folder(name: str, to: Path | None) -> Path:
+    """Where a model of this name is written: one folder, so that no model lies inside another."""
+    return (to or packs()).expanduser().resolve() / name.replace("/", "--")
+
+
+def folder(name: str, entry: Entry) -> Path:
+    """The folder of a known model, if it is still there."""
+    path = Path(entry.path)
+    if not path.is_dir():
+        raise PluginError(
+            f"The folder of {name!r} is gone: {path}. Put it back, or forget the model: "
+            f"llm flash-moe remove {name}"
+        )
+    return path

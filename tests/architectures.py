@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import _get_classes
 
-from flash_moe.checkpoint.skeleton import find_switches, parameters
+from flash_moe.checkpoint.switches import find_switches, parameters
 from tests.architecture_configs import CONFIGS, UNCOVERED
 
 __all__ = ["CONFIGS", "UNCOVERED", "random_model", "vendor_layout", "write_checkpoint"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from flash_moe.chat.stops import StopScanner
 from flash_moe.chat.tokenizer import ChatTokenizer, load_tokenizer
+from flash_moe.errors import OptionError
 from flash_moe.measure.stats import Stats
 from flash_moe.model.decode import Generation
 from flash_moe.model.load import Progress, Settings, StreamedModel, load
@@ -46,6 +47,8 @@ class Engine:
         progress: Progress = lambda done, total: None,
     ) -> Reply:
         """The assistant's next turn. Iterate over it for text; `stats` is complete at its end."""
+        if not messages:
+            raise OptionError("The prompt is empty: there is nothing to answer.")
         generation = Generation(
             self.model,
             self.tokenizer.encode_chat(messages),
@@ -83,3 +86,5 @@ class Reply:
                 return
         if text := stops.feed(stream.finish()) + stops.finish():
             yield text
+        if stops.stopped:
+            self.stats.finish_reason = "stop"

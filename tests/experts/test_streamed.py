@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
-from flash_moe.checkpoint.skeleton import record_layout, shell
+from flash_moe.checkpoint.switches import record_layout, shell
 from flash_moe.experts.bank import Bank
 from flash_moe.experts.reader import Reader
 from flash_moe.experts.store import ExpertStore, packed_layer

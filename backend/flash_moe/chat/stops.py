@@ -18,10 +18,11 @@ class StopScanner:
         if self.stopped:
             return ""
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        # The one complete first, the longest of those: how the text was cut changes nothing.
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            given, self._held = self._held[: min(found)], ""
+            given, self._held = self._held[: min(found)[1]], ""
             return given
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         given, self._held = (

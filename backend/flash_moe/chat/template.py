@@ -10,16 +10,31 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flash_moe.errors import CheckpointError, OptionError
 
 
+class _Generation(Extension):
+    """`{% generation %}` marks what a model is trained to say; rendered, it is what it encloses."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
 class Template:
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _Generation],
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
@@ -27,27 +42,53 @@ class Template:
         self._special_tokens = special_tokens
         try:
             self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise CheckpointError(f"The model's chat template is broken: {error}.") from error
+        except Exception as error:  # nesting too deep, for one, is no TemplateError
+            raise CheckpointError(
+                f"The model's chat template is broken: {_said(error)}."
+            ) from error
 
     def render(self, messages: Sequence[dict[str, Any]], **variables: Any) -> str:
         """The conversation as text, with the opening of the assistant's turn."""
         try:
             return self._template.render(
-                messages=list(messages),
+                messages=[_with_thinking(message) for message in messages],
                 add_generation_prompt=True,
                 **self._special_tokens,
-                **variables,
+                **{"tools": None, "documents": None, **variables},
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it can fail in every way
             raise OptionError(
-                f"The model's chat template does not take this conversation: {error}."
+                f"The model's chat template does not take this conversation: {_said(error)}."
             ) from error
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
+    """gpt-oss calls the reasoning so."""
+    thoughts = message.get("reasoning_content")
+    return message if thoughts is None else {"thinking": thoughts, **message}
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _raise(message: str) -> NoReturn:
     raise TemplateError(message)
+
+
+def _said(error: Exception) -> str:
+    """One line; the kind of error, too, where its words alone say little."""
+    text = " ".join(str(error).split()).rstrip(".") or "no reason given"
+    return text if isinstance(error, TemplateError) else f"{type(error).__name__}: {text}"

@@ -19,6 +19,19 @@ from flash_moe.chat.template import Template
 from flash_moe.checkpoint.folder import read_json
 from flash_moe.errors import CheckpointError
 
+# The bytes alone are 256.
+SMALLEST_VOCABULARY = 256
+# What templates may name, as transformers hands it to them.
+SPECIAL = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ChatTokenizer:
@@ -73,9 +86,7 @@ def load_tokenizer(path: Path) -> ChatTokenizer:
     config = _optional_json(path / "tokenizer_config.json")
     tokenizer = _tokenizer(path)
     template = _template(path, config)
-    special = {
-        name: _token_text(config[name]) for name in ("bos_token", "eos_token") if config.get(name)
-    }
+    special = {name: text for name in SPECIAL if (text := _token_text(config.get(name)))}
     stops = _stop_tokens(path, tokenizer, special.get("eos_token"))
     return ChatTokenizer(
         tokenizer, None if template is None else Template(template, special), stops
@@ -96,8 +107,12 @@ def _from_transformers(path: Path) -> Tokenizer:
     try:
         from transformers import AutoTokenizer
 
-        slow = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        # Code that came with a download is not run, nor is the user asked whether to.
+        slow = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         converted: Tokenizer = slow.backend_tokenizer
+        # From a config alone transformers makes a tokenizer that knows no words.
+        if converted.get_vocab_size(with_added_tokens=False) < SMALLEST_VOCABULARY:
+            raise ValueError("no vocabulary")
     except Exception as error:  # anything may be missing or malformed here
         raise CheckpointError(
             f"{path} has no tokenizer.json, and transformers cannot make one from what is there "
@@ -112,13 +127,25 @@ def _template(path: Path, config: dict[str, Any]) -> str | None:
         file = path / name
         if file.exists():
             if file.suffix == ".jinja":
-                return file.read_text("utf-8")
-            return str(read_json(file).get("chat_template"))
-    template = config.get("chat_template")
+                return _text(file)
+            return _default(read_json(file).get("chat_template"))
+    return _default(config.get("chat_template"))
+
+
+def _default(template: Any) -> str | None:
+    """One template, or the default (else the first) of a list of named ones."""
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        return str(named.get("default") or next(iter(named.values())))
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        named = {str(entry.get("name")): entry.get("template") for entry in entries}
+        template = named.get("default") or next(iter(named.values()), None)
     return template if isinstance(template, str) else None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}). Download it again.") from error
 
 
 def _stop_tokens(path: Path, tokenizer: Tokenizer, eos: str | None) -> frozenset[int]:
@@ -143,5 +170,6 @@ def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _token_text(value: Any) -> str:
-    return str(value["content"] if isinstance(value, dict) else value)
+def _token_text(value: Any) -> str | None:
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None

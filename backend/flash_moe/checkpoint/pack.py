@@ -12,16 +12,13 @@ import fcntl
 import hashlib
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from flash_moe.checkpoint.atomic import replacing, sync, write_json
 from flash_moe.checkpoint.folder import Folder, read_json, with_experts_per_token
@@ -32,16 +29,12 @@ from flash_moe.checkpoint.manifest import (
     PackedLayer,
     is_file_name,
 )
+from flash_moe.checkpoint.records import compute_records, copy_records
 from flash_moe.checkpoint.skeleton import Skeleton, open_skeleton
 from flash_moe.errors import CheckpointError, NoSpace, NotContiguous
-from flash_moe.experts.layout import Layout
-from flash_moe.experts.reader import Reader, Target
-from flash_moe.experts.store import ExpertLayer, ExpertStore
 
 Progress = Callable[[int], None]
 
-# One batch of records is read while the one before is hashed and written.
-BATCH_BYTES = 64 << 20
 # Resident tensors are evaluated and written a shard at a time.
 SHARD_BYTES = 1 << 30
 # What the tokenizer and the template need; weights and their index are written anew.
@@ -113,19 +106,17 @@ class PackJob:
             records, sha256 = found["records"], found["sha256"]
         else:
             with replacing(work / file) as temporary:
-                records, sha256 = self._write_layer(temporary, number, path, progress)
+                records, sha256 = self._write_layer(temporary, path, progress)
             write_json(done, {"records": records, "sha256": sha256})
         self._forget(path)
         return PackedLayer(path, file, experts, layout, tuple(records)), FileEntry(size, sha256)
 
-    def _write_layer(
-        self, file: Path, number: int, path: str, progress: Progress
-    ) -> tuple[list[int], str]:
+    def _write_layer(self, file: Path, path: str, progress: Progress) -> tuple[list[int], str]:
         try:
-            layer = self.skeleton.layers()[number]
+            layer = self.skeleton.layer(path)
         except NotContiguous:
-            return _write_computed(file, self.skeleton, path, progress)
-        return _write_records(file, layer, progress)
+            return compute_records(file, self.skeleton, path, progress)
+        return copy_records(file, layer, progress)
 
     def _forget(self, path: str) -> None:
         """Drop a layer's lazy arrays: those that were evaluated hold its weights in memory."""
@@ -259,85 +250,6 @@ def _shards(resident: dict[str, mx.array]) -> Iterator[list[str]]:
         size += resident[name].nbytes
     if names:
         yield names
-
-
-def _write_records(file: Path, layer: ExpertLayer, progress: Progress) -> tuple[list[int], str]:
-    """Copy records of a layer that lies contiguous: two buffers, reading beside writing."""
-    stride = layer.layout.stride
-    batch = max(1, min(layer.experts, BATCH_BYTES // stride))
-    store, reader = ExpertStore([layer]), Reader()
-    buffers = [bytearray(batch * stride) for _ in range(2)]
-    records: list[int] = []
-    digest = hashlib.sha256()
-    with file.open("wb", buffering=0) as out, ThreadPoolExecutor(1) as behind:
-        pending: Future[None] | None = None
-        try:
-            for turn, first in enumerate(range(0, layer.experts, batch)):
-                view = memoryview(buffers[turn % 2])
-                experts = range(first, min(first + batch, layer.experts))
-                reader.read(_targets(store, experts, view, stride))
-                if pending is not None:
-                    pending.result()
-
-                def finish(data: memoryview) -> None:
-                    for at in range(0, len(data), stride):
-                        records.append(zlib.crc32(data[at : at + stride]))
-                    digest.update(data)
-                    _write_fully(out.fileno(), data)
-                    progress(len(data))
-
-                pending = behind.submit(finish, view[: len(experts) * stride])
-            if pending is not None:
-                pending.result()
-        finally:
-            reader.close()
-            store.close()
-    return records, digest.hexdigest()
-
-
-def _targets(store: ExpertStore, experts: range, view: memoryview, stride: int) -> list[Target]:
-    found: list[Target] = []
-    for slot, expert in enumerate(experts):
-        for segment in store.segments(0, expert):
-            at = slot * stride + segment.at
-            found.append((segment, view[at : at + segment.length]))
-    return found
-
-
-def _write_computed(
-    file: Path, skeleton: Skeleton, path: str, progress: Progress
-) -> tuple[list[int], str]:
-    """Records of a layer whose arrays mlx-lm has to compute (dequantize, transpose): one part
-    of all experts in memory at a time, scattered to its place in every record."""
-    layout, experts = skeleton.layout(path), skeleton.expert_count(path)
-    with file.open("wb", buffering=0) as out:
-        out.truncate(experts * layout.stride)
-        for part in layout.parts:
-            array = skeleton.switches[path][part.projection][part.param]
-            rows = np.array(mx.contiguous(array).reshape(experts, -1).view(mx.uint8), copy=False)
-            for expert, row in enumerate(rows):
-                at = expert * layout.stride + part.offset
-                _write_fully(out.fileno(), np.ascontiguousarray(row).data, at)
-            progress(part.nbytes * experts)
-    return _read_back(file, layout)
-
-
-def _read_back(file: Path, layout: Layout) -> tuple[list[int], str]:
-    digest, records = hashlib.sha256(), []
-    with file.open("rb") as written:
-        while data := written.read(layout.stride):
-            digest.update(data)
-            records.append(zlib.crc32(data))
-    return records, digest.hexdigest()
-
-
-def _write_fully(fd: int, data: memoryview, at: int | None = None) -> None:
-    done = 0
-    while done < len(data):
-        if at is None:
-            done += os.write(fd, data[done:])
-        else:
-            done += os.pwrite(fd, data[done:], at + done)
 
 
 def _sha256(path: Path) -> str:

@@ -69,9 +69,11 @@ class Registry:
 
     def require_free(self, name: str) -> None:
         """Raise before work is done for a name that cannot be used."""
-        if not _NAME.fullmatch(name) or ".." in name:
+        # Unfinished packs and synthetic models are written to NAME.partial.
+        if not _NAME.fullmatch(name) or ".." in name or name.endswith(".partial"):
             raise RegistryError(
-                f"{name!r} cannot be a model's name: use letters, digits, '.', '_', '-' and '/'."
+                f"{name!r} cannot be a model's name: use letters, digits, '.', '_', '-' and '/', "
+                "and no '.partial' at the end. Choose one with --name."
             )
         if name in self.entries():
             raise _taken(name)

@@ -16,7 +16,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from flash_moe.checkpoint.folder import (
     Folder,
@@ -25,9 +24,17 @@ from flash_moe.checkpoint.folder import (
     with_experts_per_token,
 )
 from flash_moe.checkpoint.headers import DTYPE_BITS, Tensor
+from flash_moe.checkpoint.switches import (
+    expert_count,
+    find_switches,
+    parameters,
+    record_layout,
+    set_module,
+    shell,
+)
 from flash_moe.checkpoint.trace import Pieces, View, trace, whole
 from flash_moe.errors import CheckpointError, NotContiguous, UnsupportedModel
-from flash_moe.experts.layout import Layout, Quantization, make_layout
+from flash_moe.experts.layout import Layout
 from flash_moe.experts.store import ExpertLayer, Run, packed_layer
 
 # What mlx-lm's models raise on configs and weights that they were not written for.
@@ -66,16 +73,17 @@ class Skeleton:
         if self.folder.manifest is not None:
             counts = {layer.path: layer.experts for layer in self.folder.manifest.layers}
             return counts[path]
-        return _expert_count(self.switches[path])
+        return expert_count(self.switches[path])
 
     def layers(self) -> list[ExpertLayer]:
         """Every switch layer with the place of its experts, or NotContiguous."""
-        if self.folder.manifest is not None:
-            return [
-                packed_layer(layer.path, layer.experts, layer.layout, self.folder.path / layer.file)
-                for layer in self.folder.manifest.layers
-            ]
-        return [self._layer_in_place(path) for path in self.switches]
+        return [self.layer(path) for path in self.switches]
+
+    def layer(self, path: str) -> ExpertLayer:
+        if self.folder.manifest is None:
+            return self._layer_in_place(path)
+        layer = next(layer for layer in self.folder.manifest.layers if layer.path == path)
+        return packed_layer(path, layer.experts, layer.layout, self.folder.path / layer.file)
 
     def replace(self, make: Callable[[int, nn.Module], nn.Module]) -> None:
         """Put another module in the place of every switch layer; its lazy arrays go with it."""
@@ -90,7 +98,7 @@ class Skeleton:
 
     def _layer_in_place(self, path: str) -> ExpertLayer:
         layout = self.layout(path)
-        experts = _expert_count(self.switches[path])
+        experts = expert_count(self.switches[path])
         runs = []
         for part in layout.parts:
             name = f"{path}.{part.name}"
@@ -134,39 +142,6 @@ def open_skeleton(folder: Folder, experts: int | None = None) -> Skeleton:
         elif not provenance:
             provenance = _as_named(folder.tensors)
     return Skeleton(folder, model, config, switches, provenance)
-
-
-def parameters(module: nn.Module) -> dict[str, mx.array]:
-    """Every array of a module by its path, in the module's order."""
-    flat: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
-    return flat
-
-
-def find_switches(model: nn.Module) -> dict[str, nn.Module]:
-    """Switch layers by type, in the model's order; attribute names differ between models."""
-    from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
-
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, (SwitchGLU, SwitchMLP))
-    ]
-    return dict(sorted(found, key=lambda item: _natural(item[0])))
-
-
-def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    *parents, last = path.split(".")
-    place: Any = model
-    for name in parents:
-        place = place[int(name)] if isinstance(place, list) else place[name]
-    if isinstance(place, list):
-        place[int(last)] = module
-    else:
-        place[last] = module
-
-
-def _natural(path: str) -> list[tuple[int, str]]:
-    return [(int(p), "") if p.isdigit() else (-1, p) for p in path.split(".")]
 
 
 @contextmanager
@@ -233,49 +208,17 @@ def _expect_pack(model: nn.Module, folder: Folder, switches: dict[str, nn.Module
         )
     for layer in folder.manifest.layers:
         switches[layer.path] = shell(own[layer.path], layer.layout)
+        if _shapes(record_layout(switches[layer.path])) != _shapes(layer.layout):
+            raise CheckpointError(
+                f"{folder.path}: the experts of {layer.path} are not of the shapes that this "
+                "mlx-lm builds for its config. Pack the model again."
+            )
         set_module(model, layer.path, nn.Identity())
     object.__setattr__(model, "sanitize", lambda weights: weights)
 
 
-def shell(switch: nn.Module, layout: Layout) -> nn.Module:
-    """mlx-lm's switch layer, its projections of the type that the layout's parts need."""
-    for name, quantization in layout.quantization:
-        if quantization is not None and hasattr(switch[name], "to_quantized"):
-            parts = {part.param for part in layout.parts if part.projection == name}
-            switch[name] = switch[name].to_quantized(
-                group_size=quantization.group_size,
-                bits=quantization.bits,
-                mode=quantization.mode,
-                global_scale="global_scale" in parts,
-            )
-    return switch
-
-
-def record_layout(switch: nn.Module) -> Layout:
-    """The record of one expert, from mlx-lm's own (lazy) arrays."""
-    arrays, quantization = [], []
-    for name, projection in switch.children().items():
-        if "weight" not in projection:
-            if parameters(projection):
-                raise UnsupportedModel(
-                    f"{type(switch).__name__}.{name} has weights of its own, which are no "
-                    "expert's; this layer cannot be streamed."
-                )
-            continue
-        bits = getattr(projection, "bits", None)
-        quantization.append(
-            (name, Quantization(bits, projection.group_size, projection.mode) if bits else None)
-        )
-        for param, array in projection.items():
-            if isinstance(array, mx.array):
-                dtype = str(array.dtype).rpartition(".")[2]
-                arrays.append((name, param, dtype, tuple(array.shape[1:])))
-    return make_layout(arrays, quantization)
-
-
-def _expert_count(switch: nn.Module) -> int:
-    name, _ = record_layout(switch).quantization[0]
-    return int(switch[name].weight.shape[0])
+def _shapes(layout: Layout) -> list[tuple[str, tuple[int, ...]]]:
+    return sorted((part.name, part.shape) for part in layout.parts)
 
 
 def _run(pieces: Pieces | None, experts: int, nbytes: int, at: int, folder: Folder) -> Run | None:
@@ -329,7 +272,7 @@ def _require_moe(folder: Folder, switches: dict[str, nn.Module]) -> None:
 
 def _refuse_whole_experts(folder: Folder, model: nn.Module, switches: dict[str, nn.Module]) -> None:
     """No stack of routed experts may stay behind and be loaded whole without a word."""
-    counts = {_expert_count(switch) for switch in switches.values()}
+    counts = {expert_count(switch) for switch in switches.values()}
     inside = tuple(f"{path}." for path in switches)
     for name, array in parameters(model).items():
         if (

@@ -20,7 +20,7 @@ import mlx.nn as nn
 import numpy as np
 
 from flash_moe.checkpoint.atomic import sync, write_json
-from flash_moe.checkpoint.skeleton import parameters
+from flash_moe.checkpoint.switches import parameters
 from flash_moe.checkpoint.synth_tokenizer import TEMPLATE, make_tokenizer, require_vocabulary
 from flash_moe.errors import CheckpointError, NoSpace, OptionError
 
@@ -145,14 +145,18 @@ def synthesize(
     work = target.with_name(target.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    pool = np.random.Generator(np.random.SFC64(seed)).bytes(POOL_BYTES)
-    files = list(_files(slots))
-    for number, group in enumerate(files, 1):
-        path = work / f"model-{number:05}-of-{len(files):05}.safetensors"
-        _write_file(path, group, pool, seed + number, sparse, progress)
-    _write_small_files(work, shape, bits, group_size)
-    work.rename(target)
-    sync(target.parent)
+    try:
+        pool = np.random.Generator(np.random.SFC64(seed)).bytes(POOL_BYTES)
+        files = list(_files(slots))
+        for number, group in enumerate(files, 1):
+            path = work / f"model-{number:05}-of-{len(files):05}.safetensors"
+            _write_file(path, group, pool, seed + number, sparse, progress)
+        _write_small_files(work, shape, bits, group_size)
+        work.rename(target)
+        sync(target.parent)
+    finally:
+        # Nothing to resume: making it again is as quick as going on.
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def nbytes(shape: Shape, *, bits: int = 4, group_size: int = 64, dtype: str = "float32") -> int:

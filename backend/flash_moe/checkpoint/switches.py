@@ -1,0 +1,86 @@
+"""mlx-lm's switch layers: where they are in a model, and what one expert of them is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from flash_moe.errors import UnsupportedModel
+from flash_moe.experts.layout import Layout, Quantization, make_layout
+
+
+def parameters(module: nn.Module) -> dict[str, mx.array]:
+    """Every array of a module by its path, in the module's order."""
+    flat: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+    return flat
+
+
+def find_switches(model: nn.Module) -> dict[str, nn.Module]:
+    """Switch layers by type, in the model's order; attribute names differ between models."""
+    from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, (SwitchGLU, SwitchMLP))
+    ]
+    return dict(sorted(found, key=lambda item: _natural(item[0])))
+
+
+def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, last = path.split(".")
+    place: Any = model
+    for name in parents:
+        place = place[int(name)] if isinstance(place, list) else place[name]
+    if isinstance(place, list):
+        place[int(last)] = module
+    else:
+        place[last] = module
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in path.split(".")]
+
+
+def shell(switch: nn.Module, layout: Layout) -> nn.Module:
+    """mlx-lm's switch layer, its projections of the type that the layout's parts need."""
+    for name, quantization in layout.quantization:
+        if quantization is not None and hasattr(switch[name], "to_quantized"):
+            parts = {part.param for part in layout.parts if part.projection == name}
+            switch[name] = switch[name].to_quantized(
+                group_size=quantization.group_size,
+                bits=quantization.bits,
+                mode=quantization.mode,
+                global_scale="global_scale" in parts,
+            )
+    return switch
+
+
+def record_layout(switch: nn.Module) -> Layout:
+    """The record of one expert, from mlx-lm's own (lazy) arrays."""
+    arrays, quantization = [], []
+    for name, projection in switch.children().items():
+        if "weight" not in projection:
+            if parameters(projection):
+                raise UnsupportedModel(
+                    f"{type(switch).__name__}.{name} has weights of its own, which are no "
+                    "expert's; this layer cannot be streamed."
+                )
+            continue
+        bits = getattr(projection, "bits", None)
+        quantization.append(
+            (name, Quantization(bits, projection.group_size, projection.mode) if bits else None)
+        )
+        for param, array in projection.items():
+            if isinstance(array, mx.array):
+                dtype = str(array.dtype).rpartition(".")[2]
+                arrays.append((name, param, dtype, tuple(array.shape[1:])))
+    return make_layout(arrays, quantization)
+
+
+def expert_count(switch: nn.Module) -> int:
+    name, _ = record_layout(switch).quantization[0]
+    return int(switch[name].weight.shape[0])

@@ -1,0 +1,32 @@
+"""What every test gets: an llm user folder of its own, and one small model made once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from flash_moe.checkpoint.synth import Shape, synthesize
+
+DEMO = Shape(layers=4, experts=8, experts_per_token=4, hidden=128, intermediate=64)
+
+
+def pytest_report_header() -> str:
+    return f"mlx {mx.__version__} on {mx.default_device()}, Metal: {mx.metal.is_available()}"
+
+
+@pytest.fixture(autouse=True)
+def llm_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test touches the user's own models and logs."""
+    home = tmp_path / "llm-home"
+    monkeypatch.setenv("LLM_USER_PATH", str(home))
+    return home
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real checkpoint of random weights. Read it, never change it."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    synthesize(folder, DEMO)
+    return folder
