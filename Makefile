@@ -10,7 +10,7 @@ READY := $(VENV)/ready
 DEMO := $(or $(LLM_USER_PATH),$(CURDIR)/.demo)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint format readme clean
+.PHONY: help demo test lint format clean
 
 help:
 	@sed -n '2,4s/^# //p' Makefile

@@ -11,9 +11,7 @@ import mlx.nn as nn
 from mlx_lm.utils import _get_classes
 
 from flash_moe.checkpoint.switches import find_switches, parameters
-from tests.architecture_configs import CONFIGS, UNCOVERED
-
-__all__ = ["CONFIGS", "UNCOVERED", "random_model", "vendor_layout", "write_checkpoint"]
+from tests.architecture_configs import CONFIGS
 
 
 def random_model(
@@ -92,13 +90,9 @@ UNSTACKED: dict[str, tuple[str, str, dict[str, str]]] = {
 }
 
 
-def vendor_layout(name: str, weights: Weights) -> Weights | None:
-    """The same weights as vendors lay them out, or None where only mlx-lm's own form exists."""
-    if name in UNSTACKED:
-        return _unstack(weights, *UNSTACKED[name])
-    if name in JOINED:
-        return JOINED[name](weights)
-    return None
+def vendor_layout(name: str, weights: Weights) -> Weights:
+    """The same weights as vendors lay them out; for the names in UNSTACKED and JOINED."""
+    return _unstack(weights, *UNSTACKED[name]) if name in UNSTACKED else JOINED[name](weights)
 
 
 def _unstack(weights: Weights, switch: str, experts: str, names: dict[str, str]) -> Weights:

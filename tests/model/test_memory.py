@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from flash_moe.checkpoint.folder import open_folder
+from flash_moe.checkpoint.pack import plan_pack
 from flash_moe.checkpoint.synth import Shape, synthesize
 
 # 3.9 GB of experts; K=1 keeps the arithmetic of 2,000 tokens short on a slow CPU.
@@ -50,3 +54,37 @@ def test_two_thousand_tokens_with_experts_of_eight_times_the_memory(tmp_path: Pa
     assert run["tokens"] == 8
     assert run["expert_bytes"] >= 8 * allowed
     assert run["peak"] <= allowed
+
+
+# 0.4 GB resident, next to no experts.
+HEAVY = Shape(
+    layers=4, experts=8, hidden=2048, intermediate=64, heads=32, linear_heads=32, vocabulary=65536
+)
+LOAD = """
+import json, sys
+from pathlib import Path
+from flash_moe.engine import Engine
+from flash_moe.measure.stats import peak_rss
+from flash_moe.model.load import Settings
+import mlx_lm.models.qwen3_5_moe, mlx_lm.utils
+before = peak_rss()
+engine = Engine.load(Path(sys.argv[1]), Settings(bank_bytes=1))
+print(json.dumps({"before": before, "peak": peak_rss(), **engine.model.plan.to_json()}))
+"""
+
+
+@pytest.mark.parametrize("form", ["in place", "pack"])
+def test_loading_takes_little_more_than_what_stays(tmp_path: Path, form: str) -> None:
+    folder = tmp_path / "heavy"
+    synthesize(folder, HEAVY, bits=8)
+    if form == "pack":
+        plan_pack(open_folder(folder), tmp_path / "pack").write()
+        folder = tmp_path / "pack"
+    printed = subprocess.run(
+        [sys.executable, "-c", LOAD, str(folder)], check=True, capture_output=True, text=True
+    ).stdout
+    run = json.loads(printed)
+    grown, resident = run["peak"] - run["before"], run["resident_bytes"] + run["bank_bytes"]
+    print(f"{form}: resident and bank {resident / 1e6:.0f} MB, grown by {grown / 1e6:.0f} MB")
+    assert run["resident_bytes"] > 300e6
+    assert grown <= 1.1 * resident
