@@ -25,6 +25,7 @@ from flash_moe.checkpoint.folder import (
 )
 from flash_moe.checkpoint.headers import DTYPE_BITS, Tensor
 from flash_moe.checkpoint.switches import (
+    companions,
     expert_count,
     find_switches,
     parameters,
@@ -92,7 +93,11 @@ class Skeleton:
 
     def resident(self) -> dict[str, mx.array]:
         """Parameters that are no expert's, still lazy. Complete only after `replace`."""
-        inside = tuple(f"{path}." for path in self.switches)
+        inside = tuple(
+            f"{path}.{projection}."
+            for path in self.switches
+            for projection, _ in self.layout(path).quantization
+        )
         flat = parameters(self.model)
         return {name: array for name, array in flat.items() if not name.startswith(inside)}
 
@@ -213,7 +218,11 @@ def _expect_pack(model: nn.Module, folder: Folder, switches: dict[str, nn.Module
                 f"{folder.path}: the experts of {layer.path} are not of the shapes that this "
                 "mlx-lm builds for its config. Pack the model again."
             )
-        set_module(model, layer.path, nn.Identity())
+        # mlx-lm then finds no experts to fill, but what lies beside them.
+        place = nn.Module()
+        for name, module in companions(switches[layer.path]).items():
+            place[name] = module
+        set_module(model, layer.path, place)
     object.__setattr__(model, "sanitize", lambda weights: weights)
 
 

@@ -8,7 +8,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from flash_moe.errors import UnsupportedModel
 from flash_moe.experts.layout import Layout, Quantization, make_layout
 
 
@@ -63,12 +62,7 @@ def record_layout(switch: nn.Module) -> Layout:
     """The record of one expert, from mlx-lm's own (lazy) arrays."""
     arrays, quantization = [], []
     for name, projection in switch.children().items():
-        if "weight" not in projection:
-            if parameters(projection):
-                raise UnsupportedModel(
-                    f"{type(switch).__name__}.{name} has weights of its own, which are no "
-                    "expert's; this layer cannot be streamed."
-                )
+        if not _is_projection(projection):
             continue
         bits = getattr(projection, "bits", None)
         quantization.append(
@@ -79,6 +73,21 @@ def record_layout(switch: nn.Module) -> Layout:
                 dtype = str(array.dtype).rpartition(".")[2]
                 arrays.append((name, param, dtype, tuple(array.shape[1:])))
     return make_layout(arrays, quantization)
+
+
+def companions(switch: nn.Module) -> dict[str, nn.Module]:
+    """What a switch layer holds besides its experts (muse_spark: a norm), which stays resident."""
+    return {
+        name: module
+        for name, module in switch.children().items()
+        if isinstance(module, nn.Module) and not _is_projection(module) and parameters(module)
+    }
+
+
+def _is_projection(module: Any) -> bool:
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    return isinstance(module, (SwitchLinear, QuantizedSwitchLinear))
 
 
 def expert_count(switch: nn.Module) -> int:

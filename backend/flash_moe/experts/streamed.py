@@ -9,7 +9,9 @@ the bit; only the expert axis is shorter.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -53,7 +55,13 @@ class Streamer:
 class StreamedSwitch(nn.Module):
     """`(x [..., H], indices [..., k]) → [..., k, H]`, the experts read from disk."""
 
-    def __init__(self, streamer: Streamer, layer: int, inner: nn.Module) -> None:
+    def __init__(
+        self,
+        streamer: Streamer,
+        layer: int,
+        inner: nn.Module,
+        companions: Mapping[str, nn.Module] = MappingProxyType({}),
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         # Around nn.Module's own attributes: the inner module's arrays are the bank's memory, and
         # must show up neither as parameters nor as layers to quantize.
@@ -61,6 +69,9 @@ class StreamedSwitch(nn.Module):
         object.__setattr__(self, "_inner", inner)
         object.__setattr__(self, "_layer", layer)
         object.__setattr__(self, "_layout", streamer.store.layers[layer].layout)
+        # What the model looks for beside the experts, resident and under its own name.
+        for name, module in companions.items():
+            self[name] = module
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         streamer: Streamer = self._streamer

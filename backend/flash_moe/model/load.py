@@ -19,6 +19,7 @@ import mlx.nn as nn
 from flash_moe.checkpoint.folder import experts_per_token, open_folder
 from flash_moe.checkpoint.plan import BANK_BYTES, Plan, make_plan
 from flash_moe.checkpoint.skeleton import open_skeleton
+from flash_moe.checkpoint.switches import companions
 from flash_moe.errors import FlashMoeError
 from flash_moe.experts.bank import Bank
 from flash_moe.experts.reader import DEFAULT_CHUNK, DEFAULT_THREADS, Reader
@@ -88,7 +89,9 @@ def load(
         Reader(settings.threads, settings.chunk),
         Bank(plan.bank_slots, plan.bank_bytes // plan.bank_slots),
     )
-    skeleton.replace(lambda number, switch: StreamedSwitch(streamer, number, switch))
+    skeleton.replace(
+        lambda number, switch: StreamedSwitch(streamer, number, switch, companions(switch))
+    )
     _materialise(list(skeleton.resident().values()), progress)
     seconds = time.perf_counter() - start
     return StreamedModel(skeleton.model, skeleton.config, path, plan, streamer, seconds)
