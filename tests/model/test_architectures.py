@@ -141,7 +141,7 @@ def test_architectures_from_vendor_layout(name: str, tmp_path: Path) -> None:
         in_place.close()
 
 
-# Interleaved rows (gpt_oss) and inputs before outputs (llama4, qwen3_vl_moe): no expert's rows lie together.
+# Interleaved rows (gpt_oss) and inputs before outputs (the others): no expert's rows lie together.
 TRANSPOSED_BY_VENDOR = {"gpt_oss", "llama4", "qwen3_vl_moe"}
 
 
