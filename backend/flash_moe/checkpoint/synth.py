@@ -23,6 +23,7 @@ from flash_moe.checkpoint.atomic import sync, write_json
 from flash_moe.checkpoint.switches import parameters
 from flash_moe.checkpoint.synth_tokenizer import TEMPLATE, make_tokenizer, require_vocabulary
 from flash_moe.errors import CheckpointError, NoSpace, OptionError
+from flash_moe.experts.bank import raw_bytes
 
 Progress = Callable[[int], None]
 
@@ -270,7 +271,7 @@ def _bytes(slot: _Slot) -> Iterator[memoryview]:
     array = slot.array
     if slot.name.endswith(("lm_head.scales", "lm_head.biases")):
         array = _only_words(array)
-    yield memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8))  # type: ignore[arg-type]
+    yield raw_bytes(mx.contiguous(array).reshape(-1).view(mx.uint8))
 
 
 def _only_words(array: mx.array) -> mx.array:

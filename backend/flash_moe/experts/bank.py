@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -149,9 +150,15 @@ def _copies_to_device() -> bool:
     return bool(mx.default_device() == mx.gpu) and not mx.metal.is_available()
 
 
+def raw_bytes(array: mx.array) -> memoryview:
+    """The array's own memory, writable. Not every version's stubs know that it can be viewed."""
+    exported: Any = array
+    return memoryview(exported)
+
+
 def _lane(slots: int, stride: int) -> Lane:
     memory = _aligned(slots * stride)
-    raw = memoryview(memory)  # type: ignore[arg-type]
+    raw = raw_bytes(memory)
     return Lane(slots, stride, memory, [raw[i * stride : (i + 1) * stride] for i in range(slots)])
 
 
