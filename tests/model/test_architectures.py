@@ -5,6 +5,7 @@ Run with `pytest -k architectures`; the table at the end names what is not cover
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -34,7 +35,11 @@ from tests.architectures import (
 
 TOKENS = 23
 # So small that every prefill works in several groups of experts.
-SMALL_BANK = Settings(bank_bytes=1, threads=1)
+SMALL_BANK = Settings(runtime="mlx", bank_bytes=1, threads=1)
+EXACT = Settings(runtime="mlx")
+# Rounding only: kernels against MLX's operations on equal weights in float32, as a part of the
+# largest logit. 1e-5 to 1e-4 is what they differ by; a wrong expert or weight gives 0.1 to 2.
+TOLERANCE = 1e-3
 
 
 def prompts(rows: int, length: int = TOKENS) -> mx.array:
@@ -79,7 +84,7 @@ def test_architectures_stream_exactly(name: str, tmp_path: Path) -> None:
     expected = resident(tmp_path / "whole")
     plan_pack(open_folder(tmp_path / "whole"), tmp_path / "packed").write()
     for form in ("whole", "packed"):
-        for settings in (Settings(), SMALL_BANK):
+        for settings in (EXACT, SMALL_BANK):
             streamed = load(tmp_path / form, settings)
             assert streamed.plan.form == ("pack" if form == "packed" else "in place")
             assert_same_logits(streamed, expected)
@@ -99,19 +104,43 @@ def test_architectures_quantized(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_architectures_with_kernels(name: str, tmp_path: Path) -> None:
+    """The fastest runtime of this machine gives plain MLX's logits, but for rounding."""
+    model, config = random_model(name, bits=4)
+    write_checkpoint(model, config, tmp_path / "whole")
+    expected = resident(tmp_path / "whole")
+    for settings in (Settings(), Settings(bank_bytes=1, threads=1)):
+        streamed = load(tmp_path / "whole", settings)
+        for rows in (1, 3):
+            assert_close(streamed(prompts(rows)), expected(prompts(rows)), f"prefill of {rows}")
+        cache = streamed.make_cache()
+        tokens = prompts(1)
+        steps = [streamed(tokens[:, :-3], cache=cache)]
+        steps += [streamed(tokens[:, i : i + 1], cache=cache) for i in range(TOKENS - 3, TOKENS)]
+        assert_close(mx.concatenate(steps, axis=1), expected(tokens), "prefill and decode")
+        streamed.close()
+
+
+def assert_close(got: mx.array, expected: mx.array, what: str) -> None:
+    largest = mx.abs(expected).max().item()
+    difference = mx.abs(got - expected).max().item()
+    assert difference <= TOLERANCE * largest, f"{what}: differs by {difference} of {largest}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_architectures_take_another_k(name: str, tmp_path: Path) -> None:
     """`experts` gives what mlx-lm gives when the config is changed by hand."""
     model, config = random_model(name)
     write_checkpoint(model, config, tmp_path / "whole")
     if name == "llama4":
         with pytest.raises(UnsupportedModel, match="1 expert per token"):
-            load(tmp_path / "whole", Settings(experts=3))
+            load(tmp_path / "whole", replace(EXACT, experts=3))
         return
     own = experts_per_token(config)
     changed = with_experts_per_token(config, 3)
     assert (own, experts_per_token(changed)) == (2, 3)
     expected, _ = load_model(tmp_path / "whole", model_config=changed)
-    streamed = load(tmp_path / "whole", Settings(experts=3))
+    streamed = load(tmp_path / "whole", replace(EXACT, experts=3))
     assert streamed.plan.experts_per_token == 3
     assert_equal(streamed(prompts(1)), expected(prompts(1)), "K=3")
     assert not mx.array_equal(streamed(prompts(1)), resident(tmp_path / "whole")(prompts(1)))

@@ -46,6 +46,7 @@ class Lane:
     owners: tuple[int, ...] = ()
     state: State = State.FREE
     _output: mx.array | None = None
+    _words: mx.array | None = None
     _arrays: dict[Layout, Arrays] = field(default_factory=dict)
 
     def arrays(self, layout: Layout) -> Arrays:
@@ -62,6 +63,17 @@ class Lane:
             return views
         used = len(self.owners)
         return {name: mx.contiguous(view[:used]) for name, view in views.items()}
+
+    @property
+    def words(self) -> mx.array:
+        """All of the lane as 32-bit words, for kernels that find the parts by themselves."""
+        if self._words is None:
+            self._words = self.memory.view(mx.uint32)
+        return self._words
+
+    @property
+    def address(self) -> int:
+        return int(np.array(self.memory, copy=False).ctypes.data)
 
     def fence(self, output: mx.array) -> None:
         """Declare what is computed from this lane; its slots stay untouched until it is."""

@@ -1,9 +1,9 @@
 """The streamed experts: a module that stands where mlx-lm's SwitchGLU or SwitchMLP stood.
 
-It keeps mlx-lm's own module and calls it, with the bank's slots in the place of the stacked
-weights and slot numbers in the place of expert numbers. So the activation, the biases, the sort
-of large batches and every quantization mode are mlx-lm's code, and the result is the same to
-the bit; only the expert axis is shorter.
+Without kernels it keeps mlx-lm's own module and calls it, with the bank's slots in the place of
+the stacked weights and slot numbers in the place of expert numbers. So the activation, the biases,
+the sort of large batches and every quantization mode are mlx-lm's code, and the result is the same
+to the bit; only the expert axis is shorter. With kernels, the layers that they cover are theirs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +21,9 @@ from flash_moe.experts.bank import Bank, Lane
 from flash_moe.experts.layout import Layout
 from flash_moe.experts.reader import Reader, Target
 from flash_moe.experts.store import ExpertStore
+from flash_moe.kernels.fused import Kernels, inverse
+from flash_moe.kernels.gpu import U32, Extras
+from flash_moe.kernels.spec import ExpertSpec, expert_spec
 
 
 @dataclass(slots=True)
@@ -31,12 +33,20 @@ class Streamer:
     store: ExpertStore
     reader: Reader
     bank: Bank
+    kernels: Kernels | None = None
     # Seconds spent waiting for the router's choice, which includes all computing before it.
     readback_seconds: float = 0.0
     # Seconds spent waiting for a lane's last output, which is computing too.
     fence_seconds: float = 0.0
     # Experts asked for in one layer of one call, at most: what a bigger bank would serve at once.
     widest: int = field(default=0)
+
+    def read_back(self, indices: mx.array) -> U32:
+        """The experts that a router chose: the one thing a layer needs on the host."""
+        start = time.perf_counter()
+        chosen = np.array(indices).astype(np.uint32, copy=False)
+        self.readback_seconds += time.perf_counter() - start
+        return chosen
 
     def load(self, layer: int, experts: list[int]) -> Lane:
         """Read experts of a layer into the next lane; expert `experts[i]` is in slot i."""
@@ -68,22 +78,53 @@ class StreamedSwitch(nn.Module):
         object.__setattr__(self, "_streamer", streamer)
         object.__setattr__(self, "_inner", inner)
         object.__setattr__(self, "_layer", layer)
-        object.__setattr__(self, "_layout", streamer.store.layers[layer].layout)
+        layout = streamer.store.layers[layer].layout
+        object.__setattr__(self, "_layout", layout)
+        object.__setattr__(self, "_spec", covered_spec(streamer, layout, inner))
         # What the model looks for beside the experts, resident and under its own name.
         for name, module in companions.items():
             self[name] = module
 
+    @property
+    def fused(self) -> bool:
+        """Whether kernels compute this layer, rather than MLX's operations."""
+        return self._spec is not None
+
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        streamer: Streamer = self._streamer
-        start = time.perf_counter()
-        chosen = np.array(indices)  # the one read-back of a layer
-        streamer.readback_seconds += time.perf_counter() - start
+        chosen = self._streamer.read_back(indices)
+        experts, slots = self._slots(chosen)
+        if not self.fused and self._fit(experts):
+            return self._compute(experts, x, mx.array(slots.reshape(chosen.shape)))
+        # One row a token, where x has one.
+        x = mx.broadcast_to(x, (*chosen.shape[:-1], x.shape[-1])).reshape(-1, x.shape[-1])
+        if len(x) == 1 and self._fit(experts):
+            rows = self._rows(x, experts, np.zeros_like(slots), slots)
+        else:
+            rows, place = self._in_groups(x, experts, slots)
+            rows = rows[mx.array(place)]
+        return rows.reshape(*chosen.shape, rows.shape[-1])
+
+    def mixture(self, x: mx.array, chosen: U32, weights: mx.array, extras: Extras) -> mx.array:
+        """The weighted sum of the experts chosen for x [tokens, hidden], and extras: by kernels."""
+        kernels: Kernels = self._streamer.kernels
+        experts, slots = self._slots(chosen)
+        if not self._fit(experts) or kernels.prefers_mlx(len(slots), len(experts)):
+            rows, place = self._in_groups(x, experts, slots)
+            return kernels.combine(rows, place, weights, extras, x.dtype)
+        lane = self._streamer.load(self._layer, experts)
+        local = slots.reshape(chosen.shape)
+        output = kernels.mixture(lane, self._spec, x, local, weights, extras)
+        lane.fence(output)
+        return output
+
+    def _fit(self, experts: list[int]) -> bool:
+        return len(experts) <= int(self._streamer.bank.lane_slots)
+
+    def _slots(self, chosen: U32) -> tuple[list[int], U32]:
+        """The experts to read, and for every (token, choice) pair its expert's place among them."""
         experts, slots = np.unique(chosen, return_inverse=True)
-        streamer.widest = max(streamer.widest, len(experts))
-        if len(experts) <= streamer.bank.lane_slots:
-            local = mx.array(slots.reshape(chosen.shape).astype(np.uint32))
-            return self._compute(experts.tolist(), x, local)
-        return self._in_groups(x, experts.tolist(), slots.reshape(-1), chosen.shape)
+        self._streamer.widest = max(self._streamer.widest, len(experts))
+        return experts.tolist(), slots.reshape(-1).astype(np.uint32)
 
     def _compute(self, experts: list[int], x: mx.array, local: mx.array) -> mx.array:
         lane = self._streamer.load(self._layer, experts)
@@ -92,30 +133,44 @@ class StreamedSwitch(nn.Module):
         lane.fence(output)
         return output
 
-    def _in_groups(
-        self, x: mx.array, experts: list[int], slots: Any, shape: tuple[int, ...]
-    ) -> mx.array:
-        """More experts than a lane holds: rows sorted by expert, a lane of experts at a time.
+    def _rows(self, x: mx.array, experts: list[int], tokens: U32, slots: U32) -> mx.array:
+        """expert_{slots[i]}(x[tokens[i]]) for every i; the experts fit in a lane."""
+        kernels: Kernels | None = self._streamer.kernels
+        if not self.fused or kernels is None or kernels.prefers_mlx(len(slots), len(experts)):
+            return self._compute(experts, x[mx.array(tokens)], mx.array(slots)[:, None]).squeeze(-2)
+        lane = self._streamer.load(self._layer, experts)
+        rows = kernels.rows(lane, self._spec, x, tokens, slots)
+        lane.fence(rows)
+        return rows
+
+    def _in_groups(self, x: mx.array, experts: list[int], slots: U32) -> tuple[mx.array, U32]:
+        """Pairs sorted by expert, a lane of experts at a time; and where each pair's row is then.
 
         Every row is computed on its own, so the grouping does not change a bit of it; every
         expert is read once. While a group computes, the next one is read into the other lane.
         """
-        k, size = shape[-1], self._streamer.bank.lane_slots
-        rows = mx.broadcast_to(x, (*shape[:-1], x.shape[-1])).reshape(-1, x.shape[-1])
-        order = np.argsort(slots, kind="stable")
+        size, k = self._streamer.bank.lane_slots, len(slots) // len(x)
+        order = np.argsort(slots, kind="stable").astype(np.uint32)
         ordered = slots[order]
         outputs = []
         for first in range(0, len(experts), size):
             low, high = np.searchsorted(ordered, (first, first + size))
-            local = mx.array((ordered[low:high] - first).astype(np.uint32))[:, None]
-            picked = rows[mx.array((order[low:high] // k).astype(np.uint32))]
-            output = self._compute(experts[first : first + size], picked, local)
+            group, tokens = experts[first : first + size], order[low:high] // k
+            output = self._rows(x, group, tokens, ordered[low:high] - first)
             mx.async_eval(output)
-            outputs.append(output.squeeze(-2))
-        inverse = np.empty_like(order)
-        inverse[order] = np.arange(len(order))
-        joined = mx.concatenate(outputs)[mx.array(inverse.astype(np.uint32))]
-        return joined.reshape(*shape, joined.shape[-1])
+            outputs.append(output)
+        return mx.concatenate(outputs), inverse(order)
+
+
+def covered_spec(streamer: Streamer, layout: Layout, inner: nn.Module) -> ExpertSpec | None:
+    """What the kernels need to know of a layer, if there are kernels and they cover it."""
+    from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
+
+    # By exact type: a subclass may compute something else.
+    covered = type(inner) is SwitchGLU and type(inner.activation) is SwiGLU
+    if streamer.kernels is None or not covered:
+        return None
+    return expert_spec(layout, streamer.bank.stride)
 
 
 def bind(module: nn.Module, layout: Layout, lane: Lane) -> None:

@@ -36,6 +36,7 @@ class Stats:
     peak_rss_bytes: int = 0
     experts_per_token: int = 0
     bits: str = ""
+    runtime: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -48,7 +49,7 @@ class Stats:
         return (
             f"{self.prompt_tokens} prompt tokens at {self.prompt_tokens_per_second:.1f}/s, first "
             f"token after {self.seconds_to_first_token:.2f} s; {self.generated_tokens} tokens "
-            f"at {self.tokens_per_second:.1f}/s ({self.finish_reason})\n"
+            f"at {self.tokens_per_second:.1f}/s ({self.finish_reason}), {self.runtime} runtime\n"
             f"{self.expert_bytes / 1e6:,.1f} MB of experts read at {self.gigabytes_per_second:.2f} "
             f"GB/s; I/O {self.io_seconds:.2f} s, read-back {self.readback_seconds:.2f} s, compute "
             f"{self.compute_seconds:.2f} s; peak memory {self.peak_rss_bytes / 1e6:,.0f} MB"
@@ -70,6 +71,7 @@ class StopWatch:
             load_seconds=model.load_seconds,
             experts_per_token=model.plan.experts_per_token,
             bits=model.plan.bits,
+            runtime=model.runtime.name,
         )
 
     def token(self) -> None:

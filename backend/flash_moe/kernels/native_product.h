@@ -1,0 +1,138 @@
+/* A quantized matrix times a few vectors.
+ *
+ * Every dot product of a row and a token is one register of partial sums, filled in the order of
+ * the columns and then folded: the same whatever rows and tokens are taken together.
+ */
+#include <stdint.h>
+#include <string.h>
+
+#include "native_simd.h"
+
+struct matrix { /* mirrored in native.py; offsets into a record, or addresses where base is 0 */
+    uint64_t rows, columns, weight, scales, biases;
+    uint32_t bits, group, type, unused;
+};
+
+enum { BFLOAT16, FLOAT16, FLOAT32 };
+enum { TOKENS = 4, CHUNK = 16 }; /* vectors and groups taken together */
+
+/* -- scales -------------------------------------------------------------------------------- */
+
+static inline float half_to_float(uint16_t half) {
+    /* The exponent is moved by a product, which also makes subnormal numbers right. */
+    uint32_t word = (uint32_t)(half & 0x7fff) << 13, sign = (uint32_t)(half & 0x8000) << 16;
+    float value;
+    memcpy(&value, &word, 4);
+    value *= 0x1p112f;
+    memcpy(&word, &value, 4);
+    word |= sign | ((half & 0x7c00) == 0x7c00 ? 0x7f800000u : 0);
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+static inline void to_float(float *to, const uint8_t *from, int n, uint32_t type) {
+    if (type == FLOAT32) {
+        memcpy(to, from, 4 * (size_t)n);
+        return;
+    }
+    for (int i = 0; i < n; i++) {
+        uint16_t half;
+        memcpy(&half, from + 2 * i, 2);
+        uint32_t word = (uint32_t)half << 16;
+        if (type == BFLOAT16)
+            memcpy(to + i, &word, 4);
+        else
+            to[i] = half_to_float(half);
+    }
+}
+
+/* -- products ------------------------------------------------------------------------------ */
+
+/* out[t][r] = row (first + r) · x[t] for R rows and T tokens. Rows past `end` and tokens past the
+ * last one repeat the last: computed, and not kept. */
+static inline __attribute__((always_inline)) void
+tile(const struct matrix *m, uintptr_t base, size_t first, size_t end, int n,
+     const float *const *x, float *const *out, size_t at, const int bits, const int R,
+     const int T) {
+    const size_t groups = m->columns / m->group, size = m->type == FLOAT32 ? 4 : 2;
+    const size_t row_bytes = m->columns * (size_t)bits / 8;
+    const int units = (int)m->group / UNIT;
+    const uint8_t *codes[8];
+    const float *xs[TOKENS];
+    vf sums[8][TOKENS];
+    UNROLL for (int r = 0; r < R; r++) {
+        size_t row = first + (size_t)r < end ? first + (size_t)r : end - 1;
+        codes[r] = (const uint8_t *)(base + m->weight + row * row_bytes);
+        UNROLL for (int t = 0; t < T; t++) sums[r][t] = v_set(0);
+    }
+    UNROLL for (int t = 0; t < T; t++) xs[t] = x[t < n ? t : n - 1];
+    size_t code = 0, column = 0;
+    for (size_t g0 = 0; g0 < groups; g0 += CHUNK) {
+        const int count = groups - g0 < CHUNK ? (int)(groups - g0) : CHUNK;
+        float scales[8][CHUNK], biases[8][CHUNK];
+        for (int r = 0; r < R; r++) {
+            size_t row = first + (size_t)r < end ? first + (size_t)r : end - 1;
+            size_t place = size * (row * groups + g0);
+            to_float(scales[r], (const uint8_t *)(base + m->scales + place), count, m->type);
+            to_float(biases[r], (const uint8_t *)(base + m->biases + place), count, m->type);
+        }
+        /* The next tile's part: a row is too short for the processor to see where it goes on. From
+         * memory, 2 bits: 0.10 ms instead of 0.18; 3 bits: 0.14 instead of 0.30. */
+        for (int r = 0; r < R; r++) {
+            const size_t next = first + (size_t)(R + r), place = size * (next * groups + g0);
+            const uintptr_t from = base + m->weight + next * row_bytes + code;
+            if (next >= m->rows) break;
+            for (size_t i = 0; i < (size_t)count * m->group * (size_t)bits / 8; i += 64)
+                __builtin_prefetch((const void *)(from + i));
+            __builtin_prefetch((const void *)(base + m->scales + place));
+            __builtin_prefetch((const void *)(base + m->biases + place));
+        }
+        for (int g = 0; g < count; g++) {
+            table tables[8];
+            UNROLL for (int r = 0; r < R; r++)
+                tables[r] = make_table(bits, scales[r][g], biases[r][g]);
+            for (int u = 0; u < units; u++, code += 2 * (size_t)bits, column += UNIT) {
+                UNROLL for (int r = 0; r < R; r++) {
+                    vf w[UNIT / LANES];
+                    unit_weights(w, bits, codes[r] + code, &tables[r]);
+                    UNROLL for (int t = 0; t < T; t++)
+                        UNROLL for (int v = 0; v < UNIT / LANES; v++) {
+                            const vf part = v_load(xs[t] + column + v * LANES);
+                            sums[r][t] = v_fma(w[v], part, sums[r][t]);
+                        }
+                }
+            }
+        }
+    }
+    /* Whole loops: a place in `sums` that is not a constant would put all of them in memory. */
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++)
+            if (t < n && first + (size_t)r < end) out[t][at + (size_t)r] = v_sum(sums[r][t]);
+}
+
+/* out[t][0 .. end - row) for n <= TOKENS tokens. */
+#define ROWS_OF(BITS, R, T)                                                                       \
+    for (size_t r = row; r < end; r += R) tile(m, base, r, end, n, x, out, r - row, BITS, R, T)
+#define PRODUCT(BITS)                                                                             \
+    static void product_##BITS(const struct matrix *m, uintptr_t base, size_t row, size_t end,     \
+                               int n, const float *const *x, float *const *out) {                 \
+        if (n == 1)                                                                               \
+            ROWS_OF(BITS, ROWS_1, 1);                                                             \
+        else if (n == 2)                                                                          \
+            ROWS_OF(BITS, ROWS_2, 2);                                                             \
+        else                                                                                      \
+            ROWS_OF(BITS, ROWS_4, 4);                                                             \
+    }
+PRODUCT(2) PRODUCT(3) PRODUCT(4) PRODUCT(5) PRODUCT(6) PRODUCT(8)
+
+static void product(const struct matrix *m, uintptr_t base, size_t row, size_t end, int n,
+                    const float *const *x, float *const *out) {
+    switch (m->bits) {
+        case 2: product_2(m, base, row, end, n, x, out); break;
+        case 3: product_3(m, base, row, end, n, x, out); break;
+        case 4: product_4(m, base, row, end, n, x, out); break;
+        case 5: product_5(m, base, row, end, n, x, out); break;
+        case 6: product_6(m, base, row, end, n, x, out); break;
+        default: product_8(m, base, row, end, n, x, out);
+    }
+}

@@ -1,0 +1,69 @@
+"""What of mlx-lm's model our kernels take over, beside the streamed experts.
+
+By exact type everywhere: a subclass may compute something else.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from flash_moe.checkpoint.switches import parameters, set_module
+from flash_moe.experts.mixture import StreamedMixture
+from flash_moe.experts.streamed import StreamedSwitch, Streamer
+from flash_moe.kernels.gpu import MAX_CHOSEN, MAX_EXPERTS
+from flash_moe.kernels.linear import NativeLinear
+from flash_moe.kernels.native import RESIDENT_BITS, load_native
+from flash_moe.kernels.runtime import Runtime
+from flash_moe.kernels.spec import GROUP_SIZES
+
+
+def take_over(model: nn.Module, streamer: Streamer, runtime: Runtime) -> None:
+    """Replace modules of a model whose switch layers are streamed already; all still lazy."""
+    for path, module in list(model.named_modules()):
+        if _is_mixture(module):
+            set_module(model, path, StreamedMixture(module, streamer))
+        elif runtime.name == "native" and _is_quantized(module):
+            set_module(model, path, NativeLinear(module, load_native()))
+    if runtime.widen:
+        _widen(model)
+
+
+def _is_mixture(block: nn.Module) -> bool:
+    from mlx_lm.models.qwen3_next import Qwen3NextSparseMoeBlock
+
+    return (
+        type(block) is Qwen3NextSparseMoeBlock
+        and isinstance(block.switch_mlp, StreamedSwitch)
+        and block.switch_mlp.fused
+        and block.sharding_group is None
+        and block.top_k <= MAX_CHOSEN
+        and block.num_experts <= MAX_EXPERTS
+    )
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return (
+        type(module) is nn.QuantizedLinear
+        and module.mode == "affine"
+        and module.bits in RESIDENT_BITS
+        and module.group_size in GROUP_SIZES
+    )
+
+
+def _widen(model: nn.Module) -> None:
+    """16-bit weights to float32, and with them all activations; but not what the native kernel
+    reads, which takes scales of any type as fast."""
+    kept = {
+        f"{path}.{param}"
+        for path, module in model.named_modules()
+        if isinstance(module, NativeLinear)
+        for param in ("scales", "biases")
+    }
+    wide = [
+        (name, array.astype(mx.float32))
+        for name, array in parameters(model).items()
+        if array.dtype in (mx.bfloat16, mx.float16) and name not in kept
+    ]
+    model.update(tree_unflatten(wide))

@@ -1,0 +1,117 @@
+// Helpers shared by the expert kernels. The same text is compiled by Metal, by nvcc (the header
+// metal_on_cuda.h gives it the Metal names) and by clang on a host (metal_on_host.h), so it keeps
+// to what all three understand: `threadgroup` in declarations only, metal:: mathematics, vectors
+// without constructors, an address space on every pointer that a helper takes.
+//
+// Weights are affine: value = scale * code + bias, a scale and a bias for every GROUP columns, the
+// codes a little-endian bit stream along a row. So a row's dot product is, group by group,
+//     scale * sum(code * x) + bias * sum(x)
+// and sum(x) is the same for every row. A lane takes VPT neighbouring columns at a time; VPT
+// divides GROUP, so that a lane's columns have one scale.
+
+#define MOE_LANES 32
+
+// N neighbouring activations as floats, 16 bytes a load: single loads of 2 bytes cost an H200 more
+// than all the weights. A row is a multiple of 32 elements, so its parts are aligned.
+template <int N>
+inline void moe_load(const device float* x, thread float* v) {
+#pragma unroll
+  for (int i = 0; i < N / 4; i++) {
+    const float4 a = ((const device float4*)x)[i];
+    v[4 * i] = a.x;
+    v[4 * i + 1] = a.y;
+    v[4 * i + 2] = a.z;
+    v[4 * i + 3] = a.w;
+  }
+}
+
+template <int N>
+inline void moe_load_words(const device uint* w, thread uint* v) {
+#pragma unroll
+  for (int i = 0; i < N / 4; i++) {
+    const uint4 a = ((const device uint4*)w)[i];
+    v[4 * i] = a.x;
+    v[4 * i + 1] = a.y;
+    v[4 * i + 2] = a.z;
+    v[4 * i + 3] = a.w;
+  }
+  if (N % 4 == 2) {
+    const uint2 a = *(const device uint2*)w;
+    v[0] = a.x;
+    v[1] = a.y;
+  } else if (N % 4 != 0) {
+#pragma unroll
+    for (int i = 0; i < N; i++) v[i] = w[i];
+  }
+}
+
+template <int N>
+inline void moe_load(const device bfloat16_t* x, thread float* v) {
+  uint w[N / 2];
+  moe_load_words<N / 2>((const device uint*)x, w);
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) {
+    v[2 * i] = as_type<float>(w[i] << 16);
+    v[2 * i + 1] = as_type<float>(w[i] & 0xFFFF0000u);
+  }
+}
+
+template <int N>
+inline void moe_load(const device half* x, thread float* v) {
+  uint w[N / 2];
+  moe_load_words<N / 2>((const device uint*)x, w);
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) {
+    v[2 * i] = float(as_type<half>(ushort(w[i] & 0xFFFFu)));
+    v[2 * i + 1] = float(as_type<half>(ushort(w[i] >> 16)));
+  }
+}
+
+// VPT activations and their sum. Scaling them once spares a shift for every code: a code masked
+// where it lies in its half word is code * 2^shift, exactly. Three bits cross the borders and are
+// shifted.
+template <int BITS, int VPT, typename T>
+inline float moe_load_x(const device T* x, thread float* xs) {
+  moe_load<VPT>(x, xs);
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < VPT; i++) {
+    sum += xs[i];
+    if (BITS != 3) xs[i] *= 1.0f / float(1u << (i * BITS % 16));
+  }
+  return sum;
+}
+
+// Code i of the words, times what moe_load_x divided x by. Planted into the mantissa of 2^23 and
+// that taken off again, both exact: an integer conversion has a quarter of the rate of these.
+template <int BITS>
+inline float moe_code(const thread uint* v, int i) {
+  constexpr uint MASK = (1u << BITS) - 1u;
+  const int word = i * BITS / 32;
+  const int shift = i * BITS % 32;
+  uint code;
+  if (BITS == 3) {
+    code = v[word] >> shift;
+    if (shift + BITS > 32) code |= v[word + 1] << (32 - shift);
+    code &= MASK;
+  } else {
+    code = (shift < 16 ? v[word] : v[word] >> 16) & (MASK << (shift % 16));
+  }
+  return as_type<float>(code | 0x4B000000u) - 8388608.0f;
+}
+
+template <int BITS, int VPT>
+inline void moe_load_codes(const device uint* w, thread float* codes) {
+  uint v[VPT * BITS / 32];
+  moe_load_words<VPT * BITS / 32>(w, v);
+#pragma unroll
+  for (int i = 0; i < VPT; i++) codes[i] = moe_code<BITS>(v, i);
+}
+
+template <int VPT>
+inline float moe_dot(const thread float* codes, const thread float* xs) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < VPT; i++) sum = metal::fma(codes[i], xs[i], sum);
+  return sum;
+}

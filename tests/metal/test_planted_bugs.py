@@ -1,0 +1,190 @@
+"""Would we notice? Bugs are planted in the text of our kernels, one at a time, and every one has to
+be caught by the detectors that are named beside it. `pytest -s` prints who caught what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from flash_moe.kernels import shaders
+from tests.metal.compiler import Build
+from tests.metal.emulator import EmulatorError, Guard, Ranges, emulated, needs_clang
+from tests.metal.scenes import SCENES, Scene, down, down_combine, gate_up
+from tests.metal.syntax import complaints
+
+pytestmark = needs_clang
+
+# A run may be wrong; may differ between schedules; may hit a guard or a canary; break a rule of
+# the runtime; depend on forbidden bytes; or be stopped by a sanitizer.
+DETECTORS = ("wrong", "schedules", "guard", "canary", "emulator", "forbidden", "asan", "tsan")
+
+
+@dataclass(frozen=True, slots=True)
+class Bug:
+    name: str
+    scene: str
+    old: str
+    new: str
+    caught_by: str  # at least these
+    file: str = ""  # the scene's own where empty
+
+    @property
+    def path(self) -> str:
+        return self.file or f"{self.scene}.metal"
+
+
+GATE_UP, DOWN, MIX = "expert_gate_up_swiglu", "expert_down", "expert_down_combine"
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+COLUMN_GUARD = "if (IN % STEP != 0 && col >= IN) break;"
+CLAMP = "metal::min(row0 + uint(r), uint(OUT - 1))"
+COMMON = "moe_common.h"
+
+BUGS = [
+    Bug("order of codes", GATE_UP, "<BITS>(v, i);", "<BITS>(v, i ^ 1);", "wrong", COMMON),
+    Bug("x not scaled", GATE_UP, "if (BITS != 3) xs[i]", "if (false) xs[i]", "wrong", COMMON),
+    Bug(
+        *("bfloat16 halves", GATE_UP, "as_type<float>(w[i] << 16)", "as_type<float>(w[i])"),
+        *("wrong", COMMON),
+    ),
+    Bug("group index", GATE_UP, "col / GROUP)", "col / (GROUP * 2))", "wrong"),
+    Bug("forgot simd_sum", GATE_UP, "simd_sum(up[r][t])", "up[r][t]", "wrong"),
+    Bug("wrong slot", GATE_UP, "slot = tiles[tile]", "slot = tile / 5u", "wrong asan forbidden"),
+    Bug("sign of exp", GATE_UP, "metal::exp(-g)", "metal::exp(g)", "wrong"),
+    Bug("no column guard", GATE_UP, COLUMN_GUARD, "", "guard asan"),
+    Bug("no row guard on store", GATE_UP, "row < uint(OUT) && ", "", "guard asan"),
+    Bug("no row guard on read", GATE_UP, CLAMP, "row0 + uint(r)", "asan"),
+    Bug("tile never full", GATE_UP, " && uint(t) < count", "", "guard asan"),
+    Bug("all lanes store", GATE_UP, "lane == 0 && row", "row", "tsan"),
+    Bug(
+        *("misaligned cast", GATE_UP, "(const device S*)record + GS"),
+        *("(const device S*)((const device uchar*)record + 1) + GS", "wrong asan"),
+    ),
+    Bug(
+        *("simd_sum under if (lane < 16)", GATE_UP, "const float u = simd_sum(up[r][t]);"),
+        *("float u = 0.0f; if (lane < 16u) u = simd_sum(up[r][t]);", "emulator asan tsan"),
+    ),
+    Bug("no row guard on store", DOWN, "row < uint(OUT) && ", "", "guard asan"),
+    Bug("no row guard on read", DOWN, CLAMP, "row0 + uint(r)", "guard asan"),
+    Bug("no column guard", DOWN, COLUMN_GUARD, "", "guard asan"),
+    Bug("tile never full", DOWN, " && uint(t) < count", "", "guard asan"),
+    Bug("all lanes store", DOWN, "lane == 0 && row", "row", "tsan"),
+    Bug("past the packed buffer", DOWN, "ulong(slot) *", "ulong(slot + 1u) *", "guard asan"),
+    Bug("wrong expert's h", DOWN, "ulong(first + metal", "ulong(metal", "wrong"),
+    Bug("no row guard on store", MIX, "row0 + t < uint(OUT)", "true", "guard asan"),
+    Bug("no row guard on read", MIX, CLAMP, "row0 + uint(r)", "guard asan"),
+    Bug("no column guard", MIX, COLUMN_GUARD, "", "guard asan"),
+    Bug("missing barrier", MIX, BARRIER, "", "wrong schedules tsan"),
+    Bug("simdgroup barrier", MIX, BARRIER, f"simdgroup{BARRIER[11:]}", "wrong schedules tsan"),
+    Bug("barrier of no memory", MIX, "mem_flags::mem_threadgroup", "mem_flags::mem_none", "tsan"),
+    Bug(
+        *("barrier under if (lane == 0)", MIX, BARRIER),
+        *(f"if (lane == 0) {{ {BARRIER} }}", "emulator asan tsan"),
+    ),
+    Bug(
+        *("early return", MIX, "const float weight"),
+        *("if (row0 + lane >= uint(OUT)) return; const float weight", "emulator asan tsan"),
+    ),
+    Bug("threadgroup array too small", MIX, "part[K * ROWS]", "part[K * ROWS - 2]", "asan"),
+    Bug("threadgroup array overrun", MIX, "e < K; e++) total", "e <= K; e++) total", "asan"),
+    Bug("row overlap", MIX, "position_in_grid.y * uint(ROWS)", "position_in_grid.y * 4u", "wrong"),
+    Bug("no row guard", "combine", "row < uint(OUT)", "true", "guard asan tsan"),
+    Bug("place ignored", "combine", "ulong(place[pair])", "ulong(pair)", "wrong"),
+    Bug("ties to the highest", "router_topk", "v[i] > best", "v[i] >= best", "wrong"),
+    Bug("an expert too many", "router_topk", "lane < uint(K)", "lane <= uint(K)", "canary asan"),
+    Bug("no expert guard", "router_topk", "v[i] = e < uint(N) ?", "v[i] = true ?", "guard asan"),
+]
+SEEN: dict[str, dict[str, str]] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _table() -> Iterator[None]:
+    yield
+    width = max(map(len, SEEN), default=0)
+    print(f"\n{'planted bug':{width}} | {' | '.join(DETECTORS)}")
+    for name, found in SEEN.items():
+        marks = " | ".join(("x" if d in found else "").center(len(d)) for d in DETECTORS)
+        print(f"{name:{width}} | {marks} {', '.join(sorted(set(found.values()) - {'x'}))}")
+
+
+def play(
+    scene: Scene,
+    build: Build = "plain",
+    schedule: int = 0,
+    guard: Guard = "end",
+    forbidden: Ranges | None = None,
+) -> list[mx.array]:
+    shaders.kernel.cache_clear()
+    try:
+        with emulated(build=build, schedule=schedule, seed=1, guard=guard, forbidden=forbidden):
+            return scene.launch()
+    finally:
+        shaders.kernel.cache_clear()
+
+
+def detect(scene: Scene) -> dict[str, str]:
+    """Which detectors have something to say, and what."""
+    found: dict[str, str] = {}
+    outcomes: set[bytes] = set()
+    for schedule in (0, 1, 2):
+        for guard in ("end", "start"):
+            try:
+                outputs = play(scene, schedule=schedule, guard=guard)
+            except EmulatorError as error:
+                found.setdefault(error.kind, "x")
+                continue
+            outcomes.add(b"".join(np.array(y).tobytes() for y in outputs))
+            if not scene.right(outputs):
+                found["wrong"] = "x"
+    if len(outcomes) > 1:
+        found["schedules"] = "x"
+    builds: tuple[Build, ...] = ("plain", "asan", "tsan")
+    for build in builds:
+        try:
+            play(scene, build, forbidden=scene.forbidden)
+        except EmulatorError as error:
+            if build != "plain":
+                found[build] = error.kind
+            elif error.kind == "forbidden":
+                found["forbidden"] = "x"
+    return found
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.scene}: {bug.name}")
+def test_caught(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = shaders.text
+
+    def text(name: str) -> str:
+        whole = original(name)
+        if name != bug.path:
+            return whole
+        assert whole.count(bug.old) == 1, f"{bug.old!r} is not once in {name}: plant it elsewhere"
+        return whole.replace(bug.old, bug.new)
+
+    text(bug.path)
+    monkeypatch.setattr(shaders, "text", text)
+    found = SEEN[f"{bug.scene}: {bug.name}"] = detect(SCENES[bug.scene]())
+    assert set(bug.caught_by.split()) <= set(found), found
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_nothing_is_found_in_what_we_ship(scene: str) -> None:
+    assert detect(SCENES[scene]()) == {}
+
+
+@pytest.mark.parametrize("scene", [gate_up, down, down_combine])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_nothing_is_found_at_other_widths(scene: Callable[[int], Scene], bits: int) -> None:
+    assert detect(scene(bits)) == {}
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_what_we_ship_may_well_be_metal(scene: str) -> None:
+    shaders.kernel.cache_clear()
+    with emulated() as calls:
+        SCENES[scene]().launch()
+    shaders.kernel.cache_clear()
+    assert [complaints(call) for call in calls] == [[]]
