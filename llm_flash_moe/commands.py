@@ -12,6 +12,7 @@ import click
 
 from flash_moe.checkpoint.registry import Entry
 from llm_flash_moe import places
+from llm_flash_moe.doctor import doctor
 from llm_flash_moe.errors import PluginError, shown
 from llm_flash_moe.progress import byte_bar
 
@@ -25,6 +26,9 @@ FOLDER = click.Path(path_type=Path)
 @click.group(name="flash-moe")
 def flash_moe() -> None:
     """Run Mixture-of-Experts models that are bigger than memory."""
+
+
+flash_moe.add_command(doctor)
 
 
 @flash_moe.command()

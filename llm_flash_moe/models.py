@@ -37,6 +37,9 @@ Disk: 223 GB, used where it is downloaded, no second copy. Memory: 6 GB for weig
 set, and as much more as there is for the page cache. Time: the download (40 minutes at 100 MB/s);
 then each token reads up to 1.7 GB of experts (4.2 GB with the model's own 10 experts)."""
 
+# As flash_moe.kernels.runtime has them, which imports MLX.
+RUNTIMES = ("auto", "metal", "cuda", "native", "mlx")
+
 OPTION_NAMES = (
     "temperature",
     "top_p",
@@ -65,6 +68,11 @@ class ModelOptions(llm.Options):
     experts: int | None = Field(
         None, description="Experts a token uses in each layer: fewer is faster and less exact"
     )
+    runtime: str | None = Field(
+        None,
+        description=f"Code that computes the experts: {', '.join(RUNTIMES)}. auto takes the "
+        "fastest here; mlx is bit-identical to mlx-lm",
+    )
     stats: bool | None = Field(None, description="Print statistics to stderr after the reply")
 
     @field_validator("max_tokens", "experts")
@@ -72,6 +80,13 @@ class ModelOptions(llm.Options):
     def _positive(cls, value: int | None) -> int | None:
         if value is not None and value < 1:
             raise ValueError("choose 1 or more")
+        return value
+
+    @field_validator("runtime")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value not in (None, *RUNTIMES):
+            raise ValueError(f"choose {', '.join(RUNTIMES)}")
         return value
 
     @field_validator(*OPTION_NAMES)
@@ -113,10 +128,10 @@ class FlashMoE(llm.Model):
         if self._entry is None:
             raise PluginError(FLAGSHIP_HELP)
         options = cast(ModelOptions, prompt.options)
-        experts = options.experts or self._entry.experts
+        settings = (options.experts or self._entry.experts, options.runtime or "auto")
         prefill = StatusLine("reading the prompt", " tokens")
         with shown(), _lock:
-            engine = _engine(folder(self.model_id, self._entry), experts)
+            engine = _engine(folder(self.model_id, self._entry), *settings)
             reply = engine.reply(
                 to_chat(prompt),
                 max_tokens=options.max_tokens,
@@ -152,11 +167,11 @@ def _warn(text: str) -> None:
 
 # One model fills the memory; a second one replaces it. llm's async models will share it, too.
 _lock = threading.RLock()
-_loaded: dict[tuple[Path, int | None], Engine] = {}
+_loaded: dict[tuple[Path, int | None, str], Engine] = {}
 
 
-def _engine(path: Path, experts: int | None) -> Engine:
-    key = (path, experts)
+def _engine(path: Path, experts: int | None, runtime: str) -> Engine:
+    key = (path, experts, runtime)
     if key not in _loaded:
         from flash_moe.engine import Engine
         from flash_moe.measure.backend import find_backends
@@ -169,7 +184,8 @@ def _engine(path: Path, experts: int | None) -> Engine:
             _loaded.popitem()[1].close()
         loading = StatusLine("loading", " bytes")
         try:
-            _loaded[key] = Engine.load(path, Settings(experts=experts), loading.update)
+            settings = Settings(experts=experts, runtime=runtime)
+            _loaded[key] = Engine.load(path, settings, loading.update)
         finally:
             loading.clear()
     return _loaded[key]

@@ -1,0 +1,104 @@
+"""What computes the experts on this machine and why, and what would make it faster.
+
+MLX is imported inside, and its failure is a finding like any other: a doctor that needs a healthy
+patient is none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from flash_moe.measure.advice import gpu_advice, mend_import
+from flash_moe.measure.backend import Backends, find_backends
+from flash_moe.measure.machine import Machine, inspect_machine
+
+WRONG_LIBRARY = "MLX is not using the back end that was installed for it. To mend that:"
+MOVE_CACHE = (
+    "The cache folder cannot be used, so the kernels are compiled anew at every start. Set "
+    "XDG_CACHE_HOME to a folder that you can write to, on a disk that programs may run from."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeKernel:
+    """`kept`: whether the file is in the cache, for the next start to find."""
+
+    simd: str
+    threads: int
+    compiler: str | None
+    file: str
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """`broken` and `faster` are sentences for the user, each with what mends it. The runtime is
+    None if MLX cannot be loaded; `native` is None where nobody uses it, or nobody can."""
+
+    runtime: str | None
+    why: str
+    faster: tuple[str, ...]
+    broken: tuple[str, ...]
+    widen: bool
+    mlx: str | None
+    device: str | None
+    backends: Backends
+    native: NativeKernel | None
+    machine: Machine
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def diagnose() -> Diagnosis:
+    """Compiles the native kernels if they would be used, as loading a model does."""
+    backends, machine, mlx = find_backends(), inspect_machine(), _version()
+    broken: tuple[str, ...] = ()
+    if backends.mend:
+        broken = (f"{WRONG_LIBRARY} {backends.mend}",)
+    try:
+        from flash_moe.kernels.runtime import choose
+    except ImportError as error:
+        why = f"MLX cannot be loaded: {error}"
+        broken = broken or (mend_import(str(error), mlx, backends),)
+        return Diagnosis(None, why, (), broken, False, mlx, None, backends, None, machine)
+    runtime = choose()
+    on_gpu = runtime.name in ("metal", "cuda")
+    native = _native() if runtime.name == "native" else None
+    advice = (
+        None if on_gpu or broken else gpu_advice(mlx, backends),
+        runtime.faster,
+        MOVE_CACHE if native and not native.kept else None,
+    )
+    return Diagnosis(
+        runtime=runtime.name,
+        why=runtime.why,
+        faster=tuple(text for text in advice if text),
+        broken=broken,
+        widen=runtime.widen,
+        mlx=mlx,
+        device="GPU" if on_gpu else "CPU",
+        backends=backends,
+        native=native,
+        machine=machine,
+    )
+
+
+def _native() -> NativeKernel:
+    from flash_moe.kernels.native import find_compiler, load_native
+    from flash_moe.kernels.native_build import _cache_folder
+
+    native = load_native()
+    file = str(native._library._name)
+    folder = _cache_folder()
+    kept = folder is not None and file.startswith(f"{folder}/")
+    return NativeKernel(native.simd, native.threads, find_compiler(), file, kept)
+
+
+def _version() -> str | None:
+    try:
+        return version("mlx")
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,309 @@
+"""The GPU kernels against a float64 reference made from the bits, whatever the machine has.
+
+A Mac runs this file on Metal, a machine with an NVIDIA GPU on CUDA, any other under the emulator:
+the same shaders, the same Python call path. Bounds are derived in reference.py; they cover the
+worst that rounding can do, which sums of random signs are far from. So each output is also held to
+`TYPICAL` of its bound, plus one unit in its own last place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from flash_moe.kernels import gpu
+from flash_moe.kernels.spec import BITS, GROUP_SIZES, SCALE_TYPES, ExpertSpec
+from tests.kernels import reference as ref
+from tests.kernels.devices import EXAMPLES, F64, KIND, same_in_all_schedules, to_mlx
+from tests.kernels.native_cases import seeds
+
+DTYPES = ("bfloat16", "float16", "float32")
+TYPICAL = 0.05
+SLOTS = 11
+
+U32 = npt.NDArray[np.uint32]
+check = settings(max_examples=EXAMPLES, deadline=None)
+
+
+@dataclass(frozen=True)
+class Case:
+    spec: ExpertSpec
+    dtype: str
+    tokens: int
+    k: int
+    scales: ref.Scales
+    tuning: gpu.Tuning
+    seed: int
+
+    def make(self) -> Data:
+        rng = np.random.default_rng(self.seed)
+        bank = [ref.random_record(self.spec, rng, self.scales) for _ in range(SLOTS)]
+        x = ref.rounded(rng.normal(size=(self.tokens, self.spec.hidden)), self.dtype)
+        slots = np.stack([rng.permutation(SLOTS)[: self.k] for _ in range(self.tokens)])
+        return Data(self, bank, x, slots.astype(np.uint32), rng)
+
+
+@dataclass(frozen=True)
+class Data:
+    case: Case
+    bank: list[ref.Bytes]
+    x: F64
+    slots: U32
+    rng: np.random.Generator
+
+    @property
+    def words(self) -> mx.array:
+        return mx.array(np.concatenate(self.bank).view(np.uint32))
+
+    def pairs(self) -> tuple[U32, U32]:
+        tokens = np.repeat(np.arange(len(self.x), dtype=np.uint32), self.slots.shape[1])
+        return tokens, self.slots.reshape(-1)
+
+    def sorted_pairs(self) -> tuple[U32, U32, U32]:
+        """Pairs by slot, and the place of each (token, choice) among them."""
+        tokens, slots = self.pairs()
+        order = np.argsort(slots, kind="stable")
+        place = np.empty(len(order), np.uint32)
+        place[order] = np.arange(len(order))
+        return tokens[order], slots[order], place
+
+
+# Down to scales that are subnormal, up to sums of 2^60; float16 activations hold neither.
+ordinary = st.builds(
+    ref.Scales, spread=st.sampled_from([0.0, 4.0]), negative=st.booleans(), zeros=st.booleans()
+)
+extreme = st.builds(
+    ref.Scales,
+    magnitude=st.sampled_from([2.0**-130, 2.0**-60, 2.0**-20, 2.0**20]),
+    spread=st.sampled_from([0.0, 8.0]),
+    negative=st.booleans(),
+    zeros=st.booleans(),
+)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Shapes that fill no step of 512 columns and no threadgroup, and some that do."""
+    group = draw(st.sampled_from(GROUP_SIZES))
+    scale_type = draw(st.sampled_from(SCALE_TYPES))
+    dtype = draw(st.sampled_from(DTYPES))
+    spec = ref.make_spec(
+        group * draw(st.integers(1, 1152 // group)),
+        group * draw(st.integers(1, 640 // group)),
+        draw(st.sampled_from(BITS)),
+        group,
+        scale_type,
+        draw(st.sampled_from(BITS)),
+    )
+    scales = draw(extreme | ordinary)
+    if "float16" in (dtype, scale_type):
+        # Three products of values up to 2^bits and 2^4 must stay below 65504.
+        scales = replace(draw(ordinary), magnitude=2.0**-spec.gate.bits / 4)
+    return Case(
+        spec,
+        dtype,
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 10)),
+        scales,
+        gpu.Tuning(
+            draw(st.sampled_from([1, 2, 4])),
+            draw(st.sampled_from([1, 2, 8])),
+            draw(st.sampled_from([16, 32])),
+        ),
+        draw(seeds),
+    )
+
+
+def assert_within(got: F64, expected: ref.Bounded, dtype: str, scale: float = 1.0) -> None:
+    assert np.isfinite(got).all()
+    error = np.abs(got - expected.value)
+    worst = (error / expected.rounded_to(dtype)).max()
+    assert worst <= 1, f"off by {worst:.2f} of what rounding can do"
+    ulp = 2 * ref.UNIT[dtype] * np.abs(expected.value) + ref.SMALLEST[dtype]
+    typical = ulp + TYPICAL * expected.error * scale + ref.FLUSH
+    worst = (error / typical).max()
+    assert worst <= 1, f"off by {worst:.2f} of what rounding does"
+
+
+def hidden_rows(data: Data, tokens: U32, slots: U32) -> ref.Bounded:
+    rows = [
+        ref.hidden_state(data.bank[slot], data.case.spec, data.x[token : token + 1])
+        for token, slot in zip(tokens, slots, strict=True)
+    ]
+    return ref.Bounded(*(np.concatenate([getattr(r, n) for r in rows]) for n in ("value", "error")))
+
+
+@check
+@given(case=cases())
+def test_one_token_at_a_time(case: Case) -> None:
+    """gate_up and down_combine, the two launches of decoding."""
+    data = case.make()
+    tokens, slots = data.pairs()
+    weights = data.rng.random((case.tokens, case.k)).astype(np.float32)
+    tiles = gpu.make_tiles(tokens, slots)
+
+    def launch() -> list[mx.array]:
+        x, bank = to_mlx(data.x, case.dtype), data.words
+        h = gpu.gate_up(KIND, case.spec, x, bank, tiles, case.tuning)
+        y = gpu.down_combine(
+            *(KIND, case.spec, h, bank, tiles, mx.array(weights)),
+            *(gpu.Extras(), x.dtype, case.tuning),
+        )
+        return [h, y]
+
+    h, y = same_in_all_schedules(launch)
+    assert_within(h, hidden_rows(data, tokens, slots), "float32")
+    expected = ref.mixture(data.bank, case.spec, data.x, data.slots, weights.astype(np.float64))
+    assert_within(y, expected, case.dtype)
+    event(f"{case.spec.gate.bits} bits, {case.dtype}")
+
+
+@check
+@given(case=cases(), tile=st.sampled_from([2, 4, 8]))
+def test_tokens_that_share_an_expert(case: Case, tile: int) -> None:
+    """gate_up, down and combine, the three of prefill."""
+    data = case.make()
+    tokens, slots, place = data.sorted_pairs()
+    weights = data.rng.random((case.tokens, case.k)).astype(np.float32)
+    tiles = gpu.make_tiles(tokens, slots, tile)
+
+    def launch() -> list[mx.array]:
+        x, bank = to_mlx(data.x, case.dtype), data.words
+        h = gpu.gate_up(KIND, case.spec, x, bank, tiles, case.tuning)
+        d = gpu.down(KIND, case.spec, h, bank, tiles, mx.float32, case.tuning)
+        y = gpu.combine(KIND, d, place, mx.array(weights), gpu.Extras(), x.dtype)
+        return [h, d, y]
+
+    h, d, y = same_in_all_schedules(launch)
+    assert_within(h, hidden_rows(data, tokens, slots), "float32")
+    for row, (token, slot) in enumerate(zip(tokens, slots, strict=True)):
+        one = ref.expert(data.bank[slot], case.spec, data.x[token : token + 1])
+        assert_within(d[row : row + 1], one, "float32")
+    expected = ref.mixture(data.bank, case.spec, data.x, data.slots, weights.astype(np.float64))
+    assert_within(y, expected, case.dtype)
+
+
+@check
+@given(
+    tokens=st.integers(1, 3),
+    k=st.integers(1, 10),
+    dtype=st.sampled_from(DTYPES),
+    shared=st.booleans(),
+    residual=st.booleans(),
+    seed=seeds,
+)
+def test_what_is_added_to_a_mixture(
+    tokens: int, k: int, dtype: str, shared: bool, residual: bool, seed: int
+) -> None:
+    """Shared expert and residual, after down and after combine alike."""
+    case = Case(ref.make_spec(96, 64, 4, 32), dtype, tokens, k, ref.Scales(), gpu.Tuning(), seed)
+    data = case.make()
+    weights = data.rng.random((tokens, k)).astype(np.float32)
+    given_ = [ref.rounded(data.rng.normal(size=(tokens, n)), dtype) for n in (96, 1, 96)]
+    h = data.rng.normal(size=(tokens * k, 64)).astype(np.float32)
+    flat, slots = data.pairs()
+    tiles = gpu.make_tiles(flat, slots)
+    place = np.arange(tokens * k, dtype=np.uint32)
+
+    def launch() -> list[mx.array]:
+        side, gate, rest = (to_mlx(value, dtype) for value in given_)
+        extras = gpu.Extras(
+            side if shared else None, gate if shared else None, rest if residual else None
+        )
+        args = (mx.array(weights), extras, getattr(mx, dtype))
+        d = gpu.down(KIND, case.spec, mx.array(h), data.words, tiles, mx.float32, case.tuning)
+        fused = gpu.down_combine(
+            KIND, case.spec, mx.array(h), data.words, tiles, *args, case.tuning
+        )
+        return [fused, gpu.combine(KIND, d, place, *args)]
+
+    parts = [
+        ref.product(data.bank[slot], case.spec.down, ref.Bounded(row, np.zeros_like(row)))
+        for slot, row in zip(slots, h[:, None].astype(np.float64), strict=True)
+    ]
+    value, error = (
+        np.stack([getattr(part, name)[0] for part in parts]).reshape(tokens, k, 96)
+        for name in ("value", "error")
+    )
+    wide = weights.astype(np.float64)[..., None]
+    total, bound = (wide * value).sum(1), (wide * (error + ref.gamma(k + 8) * np.abs(value))).sum(1)
+    if shared:
+        total = total + given_[0] / (1 + np.exp(-given_[1]))
+        bound = bound + np.abs(given_[0]) * ref.gamma(k + 16)
+    if residual:
+        total, bound = total + given_[2], bound + np.abs(given_[2]) * ref.gamma(k + 8)
+    for got in same_in_all_schedules(launch):
+        # The largest of the parts decides how much of a bound is typical here: use all of it.
+        assert_within(got, ref.Bounded(total, bound), dtype, scale=1 / TYPICAL)
+
+
+@check
+@given(
+    tokens=st.integers(1, 3),
+    experts=st.integers(1, 1024),
+    k=st.integers(1, 10),
+    dtype=st.sampled_from(DTYPES),
+    renormalise=st.booleans(),
+    ties=st.booleans(),
+    seed=seeds,
+)
+def test_router(
+    tokens: int, experts: int, k: int, dtype: str, renormalise: bool, ties: bool, seed: int
+) -> None:
+    rng, k = np.random.default_rng(seed), min(k, experts)
+    logits = ref.rounded(4 * rng.normal(size=(tokens, experts)), dtype)
+    if ties:
+        logits = np.round(logits)
+
+    def launch() -> list[mx.array]:
+        return list(gpu.router(KIND, to_mlx(logits, dtype), k, renormalise))
+
+    ids, weights = same_in_all_schedules(launch)
+    expected, shares = ref.router(logits, k, renormalise)
+    assert (ids == expected).all()
+    # exp of a rounded argument up to 64, a sum of `experts` of them, two divisions.
+    relative = (64 + 8) * ref.UNIT["float32"] + ref.gamma(40)
+    assert (np.abs(weights - shares) <= 2 * relative * shares + ref.FLUSH).all()
+
+
+def test_router_keeps_its_ids_in_range_whatever_it_is_given() -> None:
+    """Experts that a model masks with -inf, and a model that is broken."""
+    masked = np.full((2, 70), -np.inf)
+    masked[0, [3, 40]] = [1.0, 2.0]
+    masked[1, :] = np.nan
+
+    def launch() -> list[mx.array]:
+        return list(gpu.router(KIND, to_mlx(masked, "float32"), 4, False))
+
+    ids, weights = same_in_all_schedules(launch)
+    assert ids[0].tolist() == [40, 3, 0, 1]
+    assert sorted(set(ids[1].tolist())) == sorted(ids[1].tolist())
+    assert (ids < 70).all()
+    assert np.isnan(weights[1]).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    slots=st.lists(st.integers(0, 5), min_size=1, max_size=40),
+    tile=st.integers(1, 8),
+    seed=seeds,
+)
+def test_tiles_cover_every_pair_once(slots: list[int], tile: int, seed: int) -> None:
+    tokens = np.random.default_rng(seed).integers(0, 9, len(slots)).astype(np.uint32)
+    tiles = gpu.make_tiles(tokens, np.array(sorted(slots), np.uint32), tile)
+    table, covered = np.array(tiles.table), []
+    assert (tiles.count, tiles.pairs, tiles.tokens) == (len(table), len(slots), tile)
+    for slot, first, count, *named in table.tolist():
+        assert 1 <= count <= tile
+        for i in range(count):
+            covered.append(first + i)
+            assert sorted(slots)[first + i] == slot
+            assert tokens[first + i] == named[i]
+    assert covered == list(range(len(slots)))
+    # No more of them than needed.
+    assert len(table) == sum(-(-slots.count(slot) // tile) for slot in set(slots))

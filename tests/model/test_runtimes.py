@@ -1,0 +1,141 @@
+"""Every runtime that this machine has, and Metal under the emulator, against plain MLX."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from flash_moe.checkpoint.synth import SHAPES, synthesize
+from flash_moe.errors import OptionError
+from flash_moe.experts.mixture import StreamedMixture
+from flash_moe.kernels.linear import NativeLinear
+from flash_moe.kernels.runtime import Runtime, choose
+from flash_moe.model import load as loading
+from flash_moe.model.decode import Generation
+from flash_moe.model.load import Settings, StreamedModel, load
+from tests.kernels.devices import KIND, ON_GPU, kernels_run
+
+# Of the largest logit. Four to eight layers of float32 rounding come to 1e-5 to 1e-4.
+TOLERANCE = 1e-3
+PROMPT = [7, 300, 12, 45, 500, 9, 81, 33, 256, 18, 99] * 4
+TOKENS = 200
+RUNTIMES = [KIND] if ON_GPU else ["native", "emulated Metal"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that `make demo` runs, made as it makes it."""
+    path = tmp_path_factory.mktemp("small") / "model"
+    synthesize(path, SHAPES["small"])
+    return path
+
+
+@contextmanager
+def running(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+    """Settings whose kernels can run within."""
+    with ExitStack() as stack:
+        if name == "emulated Metal":
+            # Real kernels, really launched; only the question whether there is a GPU is not asked.
+            monkeypatch.setattr(loading, "choose", lambda wish: Runtime("metal", "emulated"))
+            stack.enter_context(kernels_run())
+        yield Settings(runtime="auto" if name == "emulated Metal" else name)
+
+
+def assert_close(got: mx.array, expected: mx.array) -> None:
+    difference = mx.abs(got - expected).max().item()
+    largest = mx.abs(expected).max().item()
+    assert difference <= TOLERANCE * largest, f"differs by {difference} of {largest}"
+
+
+def logits(model: StreamedModel) -> list[mx.array]:
+    """Of a prompt at once, of three in a batch, and of one token after another."""
+    tokens = mx.array(PROMPT)[None]
+    found = [model(tokens), model(tokens.reshape(4, 11)[:3])]
+    cache = model.make_cache()
+    steps = [model(tokens[:, :-3], cache=cache)]
+    steps += [model(tokens[:, i : i + 1], cache=cache) for i in range(len(PROMPT) - 3, len(PROMPT))]
+    return [*found, mx.concatenate(steps, axis=1)]
+
+
+@pytest.mark.parametrize("bank_bytes", [1, 1 << 28], ids=["groups", "at once"])
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_logits_are_plain_mlxs(
+    name: str, bank_bytes: int, demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = load(demo_folder, Settings(runtime="mlx", bank_bytes=bank_bytes))
+    expected = logits(plain)
+    with running(name, monkeypatch) as settings:
+        model = load(demo_folder, replace(settings, bank_bytes=bank_bytes))
+        assert any(isinstance(m, StreamedMixture) for _, m in model.model.named_modules())
+        for got, wanted in zip(logits(model), expected, strict=True):
+            assert_close(got, wanted)
+        model.streamer.bank.check()
+        model.close()
+    plain.close()
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_greedy_tokens_are_plain_mlxs(
+    name: str, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = load(small, Settings(runtime="mlx"))
+    expected = list(Generation(plain, PROMPT, max_tokens=TOKENS))
+    assert len(set(expected)) > 50
+    with running(name, monkeypatch) as settings:
+        model = load(small, settings)
+        generation = Generation(model, PROMPT, max_tokens=TOKENS)
+        assert list(generation) == expected
+        assert generation.stats.runtime == name.split()[-1].lower()
+        model.close()
+    plain.close()
+
+
+@pytest.mark.skipif(ON_GPU, reason="the CPU's choice")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_cpu_computes_16_bit_checkpoints_in_float32(dtype: str, tmp_path: Path) -> None:
+    """And nothing but rounding comes of it: the same weights, widened on disk, are as close."""
+    from mlx_lm.utils import load_model
+
+    synthesize(tmp_path / "model", replace(SHAPES["small"], layers=4, experts=16), dtype=dtype)
+    model = load(tmp_path / "model")
+    assert choose().widen
+    got = model(mx.array(PROMPT)[None])
+    assert got.dtype == mx.float32
+    linears = [m for _, m in model.model.named_modules() if isinstance(m, NativeLinear)]
+    assert linears
+    # As they are on disk: the native kernel reads scales of any type.
+    assert {m.scales.dtype for m in linears} == {getattr(mx, dtype)}
+    resident, _ = load_model(tmp_path / "model")
+    resident.set_dtype(mx.float32)
+    assert_close(got, resident(mx.array(PROMPT)[None]))
+    model.close()
+
+
+def test_plain_mlx_is_what_mlx_lm_gives_to_the_bit(demo_folder: Path) -> None:
+    from mlx_lm.utils import load_model
+
+    resident, _ = load_model(demo_folder)
+    model = load(demo_folder, Settings(runtime="mlx"))
+    assert model.runtime.name == "mlx"
+    tokens = mx.array(PROMPT)[None]
+    assert np.array_equal(np.array(model(tokens)), np.array(resident(tokens)))
+    model.close()
+
+
+@pytest.mark.parametrize("wish", ["Metal", "", "gpu"])
+def test_an_unknown_runtime_is_refused(wish: str) -> None:
+    with pytest.raises(OptionError, match="choose auto, metal, cuda, native, mlx"):
+        choose(wish)
+
+
+def test_a_runtime_of_another_machine_is_refused() -> None:
+    there = choose().name
+    for wish in {"metal", "cuda", "native"} - {there}:
+        with pytest.raises(OptionError, match=f"Choose auto, {there} or mlx"):
+            choose(wish)
