@@ -8,17 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 from flash_moe.checkpoint.synth import SHAPES, synthesize
-from flash_moe.errors import OptionError
+from flash_moe.errors import OptionError, UnsupportedModel
 from flash_moe.experts.mixture import StreamedMixture
 from flash_moe.kernels.linear import NativeLinear
 from flash_moe.kernels.runtime import Runtime, choose
 from flash_moe.model import load as loading
 from flash_moe.model.decode import Generation
 from flash_moe.model.load import Settings, StreamedModel, load
+from flash_moe.model.take_over import refuse_narrow
 from tests.kernels.devices import KIND, ON_GPU, kernels_run
 
 # Of the largest logit. Four to eight layers of float32 rounding come to 1e-5 to 1e-4.
@@ -128,6 +130,16 @@ def test_plain_mlx_is_what_mlx_lm_gives_to_the_bit(demo_folder: Path) -> None:
     model.close()
 
 
+def test_what_mlx_computes_wrongly_on_cuda_is_refused(demo_folder: Path) -> None:
+    from mlx_lm.utils import load_model
+
+    wide, _ = load_model(demo_folder)
+    refuse_narrow(wide)
+    wide.narrow = nn.QuantizedLinear.from_linear(nn.Linear(64, 32), group_size=64, bits=4)
+    with pytest.raises(UnsupportedModel, match="narrow is too narrow"):
+        refuse_narrow(wide)
+
+
 @pytest.mark.parametrize("wish", ["Metal", "", "gpu"])
 def test_an_unknown_runtime_is_refused(wish: str) -> None:
     with pytest.raises(OptionError, match="choose auto, metal, cuda, native, mlx"):
@@ -137,5 +149,5 @@ def test_an_unknown_runtime_is_refused(wish: str) -> None:
 def test_a_runtime_of_another_machine_is_refused() -> None:
     there = choose().name
     for wish in {"metal", "cuda", "native"} - {there}:
-        with pytest.raises(OptionError, match=f"Choose auto, {there} or mlx"):
+        with pytest.raises(OptionError, match=f"choose auto or {there} or mlx. It "):
             choose(wish)

@@ -140,8 +140,8 @@ def test_info_says_what_is_needed(demo_folder: Path, packed_folder: Path) -> Non
     for name, plan in found.items():
         assert plan["name"] == name
         assert plan["token_bytes"] == 4 * 4 * plan["record_bytes"]
-        # 128 × 64 weights in each of three projections; 4 bits, and 8 bytes for a group of 64.
-        assert plan["record_bytes"] == 3 * 128 * 64 * (4 + 1) // 8
+        # 256 × 128 weights in each of three projections; 4 bits, and 8 bytes for a group of 64.
+        assert plan["record_bytes"] == 3 * 256 * 128 * (4 + 1) // 8
 
 
 def test_verify_finds_one_changed_byte(packed_folder: Path, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_without_a_compiler_mlx_computes_in_float32_and_the_command_is_named(
     wish = run("-m", "demo", *SHORT, "-o", "runtime", "native", "Hello", **bare)
     assert (wish.returncode, wish.stdout) == (1, "")
     (line,) = wish.stderr.splitlines()
-    assert line.startswith("Error: runtime=native is not available here: No C compiler")
+    assert line.startswith("Error: runtime=native is not available here: choose auto or mlx. No C")
 
 
 @on_native
@@ -353,8 +353,8 @@ def test_the_runtime_that_was_asked_for_computes_and_is_logged() -> None:
 def test_runtimes_that_are_not_there() -> None:
     wish = "metal" if sys.platform != "darwin" else "cuda"
     message = fails("-m", "demo", *SHORT, "-o", "runtime", wish, "Hello")
-    assert message.startswith(f"runtime={wish} is not available here: ")
-    assert f"Choose auto, {choose().name} or mlx." in message
+    assert message.startswith(f"runtime={wish} is not available here: choose auto or ")
+    assert message.endswith("GPU that MLX can use.")
     assert fails("chat", "-m", "demo", "-o", "runtime", wish, stdin="Hello\nquit\n") == message
 
 

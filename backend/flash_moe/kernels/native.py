@@ -98,6 +98,7 @@ class Native:
         library.flash_set_threads.restype = None
         library.flash_simd.restype = ctypes.c_char_p
         self._library = library
+        self.file = str(library._name)
         self.simd: str = library.flash_simd().decode()
 
     @property

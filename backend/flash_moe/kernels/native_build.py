@@ -65,7 +65,7 @@ def build(extra_flags: tuple[str, ...]) -> ctypes.CDLL:
     version = _run([compiler, "--version"]).stdout
     inputs = repr((source, compiler, version, FLAGS, extra_flags, _processor()))
     stem = f"native-{hashlib.sha256(inputs.encode()).hexdigest()[:24]}"
-    folder = _cache_folder()
+    folder = cache_folder()
     for path in sorted(folder.glob(f"{stem}-*.so")) if folder else ():
         if library := _load(path):
             return library
@@ -139,7 +139,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
         ) from error
 
 
-def _cache_folder() -> Path | None:
+def cache_folder() -> Path | None:
     """Ours to write, or None."""
     try:
         given = os.environ.get("XDG_CACHE_HOME")

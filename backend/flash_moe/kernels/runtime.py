@@ -3,9 +3,10 @@
 metal   our kernels on Apple's GPU
 cuda    the same kernels on NVIDIA's
 native  our kernel in C on the CPU, compiled on this machine
-mlx     MLX's own operations: bit-identical to mlx-lm with everything in memory
+mlx     MLX's own operations: asked for, bit-identical to mlx-lm with everything in memory
 
-The first three differ from `mlx` by rounding only; they keep more digits than it does.
+The first three differ from it by rounding only, and keep more digits. A CPU without a C compiler
+gets `mlx` too, unasked, and then computes 16-bit weights in float32.
 """
 
 from __future__ import annotations
@@ -41,11 +42,18 @@ def choose(wish: str = "auto") -> Runtime:
         return Runtime("mlx", "as asked: bit-identical to mlx-lm")
     best = _best()
     if wish not in ("auto", best.name):
-        reason = best.faster or best.why
+        choices = " or ".join(dict.fromkeys(("auto", best.name, "mlx")))
         raise OptionError(
-            f"runtime={wish} is not available here: {reason} Choose auto, {best.name} or mlx."
+            f"runtime={wish} is not available here: choose {choices}. {_why_not(wish, best)}"
         )
     return best
+
+
+def _why_not(wish: str, best: Runtime) -> str:
+    """Last in a message, because it may end in a command."""
+    if wish == "native":
+        return best.faster or "It is for machines whose GPU MLX cannot use."
+    return f"It needs {'an Apple' if wish == 'metal' else 'an NVIDIA'} GPU that MLX can use."
 
 
 def _best() -> Runtime:
@@ -58,6 +66,6 @@ def _best() -> Runtime:
     except NativeUnavailable as error:
         # MLX's CPU back end takes 9 times as long for bfloat16 as for float32 (24 against 2.7 ms
         # for 1024 × 4096 at 2 bits), and 45 times for float16.
-        return Runtime("mlx", "no native kernel on this CPU", faster=str(error), widen=True)
+        return Runtime("mlx", "no native kernel could be made", faster=str(error), widen=True)
     why = f"{native.simd} kernel, {native.threads} threads, compiled by {find_compiler()}"
     return Runtime("native", why, widen=True)

@@ -88,11 +88,11 @@ def diagnose() -> Diagnosis:
 
 def _native() -> NativeKernel:
     from flash_moe.kernels.native import find_compiler, load_native
-    from flash_moe.kernels.native_build import _cache_folder
+    from flash_moe.kernels.native_build import cache_folder
 
     native = load_native()
-    file = str(native._library._name)
-    folder = _cache_folder()
+    file = str(native.file)
+    folder = cache_folder()
     kept = folder is not None and file.startswith(f"{folder}/")
     return NativeKernel(native.simd, native.threads, find_compiler(), file, kept)
 

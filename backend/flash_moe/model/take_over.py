@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from flash_moe.checkpoint.switches import parameters, set_module
+from flash_moe.errors import UnsupportedModel
 from flash_moe.experts.mixture import StreamedMixture
 from flash_moe.experts.streamed import StreamedSwitch, Streamer
 from flash_moe.kernels.gpu import MAX_CHOSEN, MAX_EXPERTS
@@ -17,6 +18,8 @@ from flash_moe.kernels.linear import NativeLinear
 from flash_moe.kernels.native import RESIDENT_BITS, load_native
 from flash_moe.kernels.runtime import Runtime
 from flash_moe.kernels.spec import GROUP_SIZES
+
+NARROWEST = 128
 
 
 def take_over(model: nn.Module, streamer: Streamer, runtime: Runtime) -> None:
@@ -28,6 +31,22 @@ def take_over(model: nn.Module, streamer: Streamer, runtime: Runtime) -> None:
             set_module(model, path, NativeLinear(module, load_native()))
     if runtime.widen:
         _widen(model)
+    if mx.default_device() == mx.gpu and not mx.metal.is_available():
+        refuse_narrow(model)
+
+
+def refuse_narrow(model: nn.Module) -> None:
+    """MLX's CUDA back end (0.32.4, H200) multiplies a quantized matrix of 64 columns with several
+    rows wrongly: off by 2 where the CPU is off by 4e-7. From 128 columns on it is right."""
+    for path, module in model.named_modules():
+        if (
+            isinstance(module, nn.QuantizedLinear)
+            and module.scales.shape[-1] * (module.group_size) < NARROWEST
+        ):
+            raise UnsupportedModel(
+                f"{path} is too narrow for MLX on an NVIDIA GPU, which would compute it wrongly. "
+                "Run the model on the CPU: install llm-flash-moe without its cuda extra."
+            )
 
 
 def _is_mixture(block: nn.Module) -> bool:
