@@ -11,20 +11,7 @@
 
 #define MOE_LANES 32
 
-// N neighbouring activations as floats, 16 bytes a load: single loads of 2 bytes cost an H200 more
-// than all the weights. A row is a multiple of 32 elements, so its parts are aligned.
-template <int N>
-inline void moe_load(const device float* x, thread float* v) {
-#pragma unroll
-  for (int i = 0; i < N / 4; i++) {
-    const float4 a = ((const device float4*)x)[i];
-    v[4 * i] = a.x;
-    v[4 * i + 1] = a.y;
-    v[4 * i + 2] = a.z;
-    v[4 * i + 3] = a.w;
-  }
-}
-
+// N neighbouring words, 16 bytes a load. A row is a multiple of 32 elements, so its parts are aligned.
 template <int N>
 inline void moe_load_words(const device uint* w, thread uint* v) {
 #pragma unroll
@@ -35,7 +22,7 @@ inline void moe_load_words(const device uint* w, thread uint* v) {
     v[4 * i + 2] = a.z;
     v[4 * i + 3] = a.w;
   }
-  if (N % 4 == 2) {
+  if (N == 2) {
     const uint2 a = *(const device uint2*)w;
     v[0] = a.x;
     v[1] = a.y;
@@ -43,6 +30,16 @@ inline void moe_load_words(const device uint* w, thread uint* v) {
 #pragma unroll
     for (int i = 0; i < N; i++) v[i] = w[i];
   }
+}
+
+// N neighbouring activations as floats, by words: single loads of 2 bytes cost an H200 more than all
+// the weights.
+template <int N>
+inline void moe_load(const device float* x, thread float* v) {
+  uint w[N];
+  moe_load_words<N>((const device uint*)x, w);
+#pragma unroll
+  for (int i = 0; i < N; i++) v[i] = as_type<float>(w[i]);
 }
 
 template <int N>

@@ -33,10 +33,17 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(params=VARIANTS if X86 else ["best"])
-def native(request: pytest.FixtureRequest, cache_home: Path) -> Native:
-    return load_native(VARIANTS[request.param])
+def native(request: pytest.FixtureRequest, cache_home: Path) -> Iterator[Native]:
+    yield from _as_it_was(load_native(VARIANTS[request.param]))
 
 
 @pytest.fixture
-def best(cache_home: Path) -> Native:
-    return load_native()
+def best(cache_home: Path) -> Iterator[Native]:
+    yield from _as_it_was(load_native())
+
+
+def _as_it_was(native: Native) -> Iterator[Native]:
+    """A library and its threads are shared by all tests of a process."""
+    threads = native.threads
+    yield native
+    native.threads = threads

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flash_moe.experts.covered import expert_spec
 from flash_moe.experts.layout import Quantization as Packing
 from flash_moe.experts.layout import make_layout
-from flash_moe.kernels.spec import ExpertSpec, Matrix, expert_spec
+from flash_moe.kernels.spec import ExpertSpec, Matrix
 
 F64 = npt.NDArray[np.float64]
 Bytes = npt.NDArray[np.uint8]

@@ -18,12 +18,13 @@ import mlx.nn as nn
 import numpy as np
 
 from flash_moe.experts.bank import Bank, Lane
+from flash_moe.experts.covered import expert_spec
 from flash_moe.experts.layout import Layout
 from flash_moe.experts.reader import Reader, Target
 from flash_moe.experts.store import ExpertStore
 from flash_moe.kernels.fused import Kernels, inverse
 from flash_moe.kernels.gpu import U32, Extras
-from flash_moe.kernels.spec import ExpertSpec, expert_spec
+from flash_moe.kernels.spec import ExpertSpec
 
 
 @dataclass(slots=True)

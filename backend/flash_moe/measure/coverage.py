@@ -5,8 +5,9 @@ from __future__ import annotations
 import mlx.nn as nn
 
 from flash_moe.checkpoint.skeleton import Skeleton
+from flash_moe.experts.covered import PARTS, expert_spec
 from flash_moe.experts.layout import Layout, Quantization
-from flash_moe.kernels.spec import BITS, GROUP_SIZES, PARTS, SCALE_TYPES, expert_spec
+from flash_moe.kernels.spec import BITS, GROUP_SIZES, SCALE_TYPES
 
 
 def left_to_mlx(skeleton: Skeleton) -> dict[str, str | None]:
