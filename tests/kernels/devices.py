@@ -18,7 +18,7 @@ F64 = npt.NDArray[np.float64]
 ON_GPU = mx.default_device() == mx.gpu
 KIND: GpuKind = "cuda" if ON_GPU and not mx.metal.is_available() else "metal"
 # CUDA's compiler takes seconds for a choice of constants, clang 0.15 of one.
-EXAMPLES = 8 if ON_GPU else 40
+EXAMPLES = 8 if ON_GPU else 25
 RUNS = 3
 
 
