@@ -212,3 +212,24 @@ def test_too_many_owners() -> None:
 def test_impossible_banks(slots: int, stride: int) -> None:
     with pytest.raises(OptionError):
         Bank(slots, stride)
+
+
+def test_a_lane_shows_only_the_slots_in_use() -> None:
+    """MLX converts whole operands: a lane of 25 slots for 4 experts took 40 times as long."""
+    bank = Bank(8, LAYOUT.stride)
+    lane = bank.take([5, 1, 2])
+    assert {len(array) for array in lane.arrays(LAYOUT).values()} == {3}
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="MLX computes this on a GPU")
+def test_a_lane_whose_output_cannot_be_computed_is_free_again() -> None:
+    bank = Bank(2, LAYOUT.stride)
+    half = mx.ones((1, 4, 4), mx.bfloat16)
+    bank.take([0]).fence(mx.gather_mm(half, half, rhs_indices=mx.array([0])))
+    bank.take([1]).fence(mx.zeros(1))
+    with pytest.raises(RuntimeError, match="float32"):
+        bank.take([2])
+    assert bank.count()[State.FREE] == 1
+    bank.drain()
+    bank.check()
+    assert bank.count()[State.FREE] == 2

@@ -16,11 +16,13 @@ from flash_moe.checkpoint.synth import SHAPES, synthesize
 from flash_moe.errors import OptionError, UnsupportedModel
 from flash_moe.experts.mixture import StreamedMixture
 from flash_moe.kernels.linear import NativeLinear
+from flash_moe.kernels.native import Native, Resident
 from flash_moe.kernels.runtime import Runtime, choose
 from flash_moe.model import load as loading
 from flash_moe.model.decode import Generation
 from flash_moe.model.load import Settings, StreamedModel, load
-from flash_moe.model.take_over import refuse_narrow
+from flash_moe.model.take_over import heads, refuse_narrow
+from tests.architectures import random_model, write_checkpoint
 from tests.kernels.devices import KIND, ON_GPU, kernels_run
 
 # Of the largest logit. Four to eight layers of float32 rounding come to 1e-5 to 1e-4.
@@ -96,6 +98,39 @@ def test_greedy_tokens_are_plain_mlxs(
         assert generation.stats.runtime == name.split()[-1].lower()
         model.close()
     plain.close()
+
+
+@pytest.mark.skipif(ON_GPU, reason="MLX is lazy there")
+def test_prefill_computes_no_logits(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The native kernel is eager, and the 397B has 248,320 words."""
+    model = load(small, Settings(runtime="native"))
+    (head,) = heads(model.model)
+    computed: list[tuple[int, int]] = []
+    matmul = Native.matmul
+
+    def counted(self: Native, matrix: Resident, x: np.ndarray) -> np.ndarray:
+        computed.append((matrix.rows, x.size // matrix.columns))
+        return matmul(self, matrix, x)
+
+    monkeypatch.setattr(Native, "matmul", counted)
+    assert len(list(Generation(model, PROMPT, max_tokens=3, chunk=16))) == 3
+    assert [tokens for rows, tokens in computed if rows == head.rows] == [1, 1, 1]
+    assert any(tokens == 16 for rows, tokens in computed if rows != head.rows)
+    model.close()
+
+
+@pytest.mark.skipif(ON_GPU, reason="a limit of MLX on the CPU")
+def test_what_mlx_cannot_compute_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    model, config = random_model("qwen3_moe")
+    model.set_dtype(mx.bfloat16)
+    write_checkpoint(model, config, tmp_path / "model")
+    with pytest.raises(OptionError, match="Choose auto"):
+        load(tmp_path / "model", Settings(runtime="mlx"))
+    widened = load(tmp_path / "model")
+    model.set_dtype(mx.float32)
+    tokens = mx.array(PROMPT)[None] % 100
+    assert_close(widened(tokens), model(tokens))
+    widened.close()
 
 
 @pytest.mark.skipif(ON_GPU, reason="the CPU's choice")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from flash_moe.errors import OptionError, ReadFailed
@@ -58,8 +58,12 @@ class Reader:
         else:
             pieces = [piece for target in targets for piece in self._pieces(*target)]
             futures = [self._pool.submit(_read_fully, *piece) for piece in pieces]
-            # Wait for all before raising: no thread may still write when the caller goes on.
-            errors = [error for future in futures if (error := future.exception())]
+            # All of them before anything is raised, Ctrl-C included: no thread may still write
+            # when the caller goes on.
+            try:
+                errors = [error for future in futures if (error := future.exception())]
+            finally:
+                wait(futures)
             if errors:
                 raise errors[0]
         self.counters.nbytes += total

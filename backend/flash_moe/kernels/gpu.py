@@ -45,6 +45,11 @@ def make_tiles(tokens: U32, slots: U32, tokens_a_tile: int = 1) -> Tiles:
     """A row of h for every (token, slot) pair, in the pairs' order. Pairs of one slot share tiles
     of up to `tokens_a_tile` where they are neighbours."""
     pairs = len(slots)
+    if tokens_a_tile == 1:
+        # Decoding: 1.4 µs a layer, against 20 the general way.
+        single = np.ones((pairs, 4), np.uint32)
+        single[:, 0], single[:, 1], single[:, 3] = slots, np.arange(pairs), tokens
+        return Tiles(mx.array(single), pairs, 1, pairs)
     starts = np.flatnonzero(np.r_[True, slots[1:] != slots[:-1]])
     counts = np.diff(np.r_[starts, pairs])
     pieces = -(-counts // tokens_a_tile)

@@ -22,11 +22,19 @@ class NativeLinear(nn.Module):
         for name in ("weight", "scales", "biases", "bias"):
             if name in inner:
                 self[name] = inner[name]
+        self.bits, self.group_size, self.mode = inner.bits, inner.group_size, inner.mode
+        # Set while nobody will ask for what this computes. MLX's own, being lazy, needs no telling.
+        self.skipped = False
         object.__setattr__(self, "_native", native)
         object.__setattr__(self, "_matrix", None)
-        object.__setattr__(self, "_packing", (inner.bits, inner.group_size))
+
+    @property
+    def rows(self) -> int:
+        return int(self.weight.shape[0])
 
     def __call__(self, x: mx.array) -> mx.array:
+        if self.skipped:
+            return mx.zeros((*x.shape[:-1], self.rows), x.dtype)
         if self._matrix is None:
             object.__setattr__(self, "_matrix", self._open())
         given = np.array(x.astype(mx.float32), copy=False)
@@ -34,10 +42,10 @@ class NativeLinear(nn.Module):
         return y + self.bias if "bias" in self else y
 
     def _open(self) -> Resident:
-        """At the first use: only then are the arrays certain to be in memory."""
-        bits, group_size = self._packing
+        """At the first use: only then are the arrays certain to be in memory. They are not looked
+        at again, so weights that change later change nothing."""
         weight, scales, biases = (_shared(self[n]) for n in ("weight", "scales", "biases"))
-        return resident(weight, scales, biases, bits=bits, group_size=group_size)
+        return resident(weight, scales, biases, bits=self.bits, group_size=self.group_size)
 
 
 def _shared(array: mx.array) -> Any:

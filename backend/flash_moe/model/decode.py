@@ -93,9 +93,7 @@ class Generation:
                 return False
             self._progress(start, total)
             part = self._prompt[start : min(start + self._chunk, total - 1)]
-            self._model(mx.array(part)[None], cache=self._cache)
-            # The logits are never asked for, so the head of the model is never computed.
-            mx.eval([layer.state for layer in self._cache])
+            self._model.advance(mx.array(part)[None], self._cache)
             mx.clear_cache()
         self._progress(total, total)
         return True

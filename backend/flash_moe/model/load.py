@@ -20,14 +20,14 @@ from flash_moe.checkpoint.folder import experts_per_token, open_folder
 from flash_moe.checkpoint.plan import BANK_BYTES, Plan, make_plan
 from flash_moe.checkpoint.skeleton import open_skeleton
 from flash_moe.checkpoint.switches import companions
-from flash_moe.errors import FlashMoeError
+from flash_moe.errors import FlashMoeError, OptionError
 from flash_moe.experts.bank import Bank
 from flash_moe.experts.reader import DEFAULT_CHUNK, DEFAULT_THREADS, Reader
-from flash_moe.experts.store import ExpertStore, Mode
+from flash_moe.experts.store import ExpertLayer, ExpertStore, Mode
 from flash_moe.experts.streamed import StreamedSwitch, Streamer
 from flash_moe.kernels.fused import make_kernels
 from flash_moe.kernels.runtime import Runtime, choose
-from flash_moe.model.take_over import take_over
+from flash_moe.model.take_over import heads, take_over
 
 Progress = Callable[[int, int], None]
 
@@ -65,6 +65,19 @@ class StreamedModel:
         logits: mx.array = self.model(tokens, cache=cache)
         return logits
 
+    def advance(self, tokens: mx.array, cache: list[Any]) -> None:
+        """Take tokens into the cache, without their logits: of 512 tokens of the 397B, those would
+        be 0.5 GB and, computed eagerly, most of the time."""
+        skipped = heads(self.model)
+        for head in skipped:
+            head.skipped = True
+        try:
+            self(tokens, cache=cache)
+        finally:
+            for head in skipped:
+                head.skipped = False
+        mx.eval([layer.state for layer in cache])
+
     def make_cache(self) -> list[Any]:
         from mlx_lm.models.cache import make_prompt_cache
 
@@ -72,9 +85,11 @@ class StreamedModel:
         return cache
 
     def close(self) -> None:
-        self.streamer.bank.drain()
-        self.streamer.reader.close()
-        self.streamer.store.close()
+        try:
+            self.streamer.bank.drain()
+        finally:
+            self.streamer.reader.close()
+            self.streamer.store.close()
 
 
 def load(
@@ -89,6 +104,7 @@ def load(
         chosen = folder.manifest.experts_per_token
     skeleton = open_skeleton(folder, chosen)
     layers = skeleton.layers()
+    _require_computable(runtime, layers)
     own = experts_per_token(folder.config) or 1
     plan = make_plan(skeleton, own, settings.bank_bytes)
     streamer = Streamer(
@@ -106,6 +122,19 @@ def load(
     _materialise(resident, progress)
     seconds = time.perf_counter() - start
     return StreamedModel(skeleton.model, skeleton.config, path, plan, streamer, runtime, seconds)
+
+
+def _require_computable(runtime: Runtime, layers: list[ExpertLayer]) -> None:
+    """MLX's CPU back end multiplies by stacks of plain 16-bit matrices not at all."""
+    if runtime.name != "mlx" or runtime.widen or mx.default_device() != mx.cpu:
+        return
+    for layer in layers:
+        plain = {name for name, packing in layer.layout.quantization if packing is None}
+        if any(p.projection in plain and p.dtype != "float32" for p in layer.layout.parts):
+            raise OptionError(
+                "runtime=mlx cannot compute experts of unquantized 16-bit weights on a CPU. "
+                "Choose auto, which computes them in float32."
+            )
 
 
 def _materialise(arrays: list[mx.array], progress: Progress) -> None:

@@ -35,6 +35,15 @@ def take_over(model: nn.Module, streamer: Streamer, runtime: Runtime) -> None:
         refuse_narrow(model)
 
 
+def heads(model: nn.Module) -> list[NativeLinear]:
+    """The native matrices that give logits: as many rows as there are words."""
+    modules = [module for _, module in model.named_modules()]
+    words = {
+        m.weight.shape[0] for m in modules if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))
+    }
+    return [m for m in modules if isinstance(m, NativeLinear) and m.rows in words]
+
+
 def refuse_narrow(model: nn.Module) -> None:
     """MLX's CUDA back end (0.32.4, H200) multiplies a quantized matrix of 64 columns with several
     rows wrongly: off by 2 where the CPU is off by 4e-7. From 128 columns on it is right."""
