@@ -119,6 +119,21 @@ def test_prefill_computes_no_logits(small: Path, monkeypatch: pytest.MonkeyPatch
     model.close()
 
 
+@pytest.mark.skipif(ON_GPU, reason="MLX is lazy there")
+def test_prefill_skips_nothing_but_the_head(tmp_path: Path) -> None:
+    """Not even a matrix of as many rows as there are words: here, that of the queries."""
+    shape = replace(SHAPES["small"], experts=8, heads=16, head_dim=64)
+    synthesize(tmp_path / "model", shape)
+    tokens = {}
+    for runtime in ("mlx", "native"):
+        model = load(tmp_path / "model", Settings(runtime=runtime))
+        rows = [m.rows for _, m in model.model.named_modules() if isinstance(m, NativeLinear)]
+        tokens[runtime] = list(Generation(model, PROMPT, max_tokens=12, chunk=16))
+        model.close()
+    assert rows.count(shape.vocabulary) > 1
+    assert tokens["native"] == tokens["mlx"]
+
+
 @pytest.mark.skipif(ON_GPU, reason="a limit of MLX on the CPU")
 def test_what_mlx_cannot_compute_on_a_cpu_is_refused(tmp_path: Path) -> None:
     model, config = random_model("qwen3_moe")

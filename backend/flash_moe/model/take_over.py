@@ -36,12 +36,21 @@ def take_over(model: nn.Module, streamer: Streamer, runtime: Runtime) -> None:
 
 
 def heads(model: nn.Module) -> list[NativeLinear]:
-    """The native matrices that give logits: as many rows as there are words."""
-    modules = [module for _, module in model.named_modules()]
+    """The native matrices that give logits: as many rows as there are words, and in no layer. A
+    matrix inside of a layer may have that many by chance, and the state needs it."""
+    modules = model.named_modules()
     words = {
-        m.weight.shape[0] for m in modules if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))
+        m.weight.shape[0]
+        for _, m in modules
+        if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))
     }
-    return [m for m in modules if isinstance(m, NativeLinear) and m.rows in words]
+    return [
+        module
+        for path, module in modules
+        if isinstance(module, NativeLinear)
+        and module.rows in words
+        and not any(part.isdigit() for part in path.split("."))
+    ]
 
 
 def refuse_narrow(model: nn.Module) -> None:
@@ -50,7 +59,7 @@ def refuse_narrow(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if (
             isinstance(module, nn.QuantizedLinear)
-            and module.scales.shape[-1] * (module.group_size) < NARROWEST
+            and module.scales.shape[-1] * module.group_size < NARROWEST
         ):
             raise UnsupportedModel(
                 f"{path} is too narrow for MLX on an NVIDIA GPU, which would compute it wrongly. "
