@@ -1,8 +1,8 @@
 // y = residual + sigmoid(shared_gate) * shared + sum over k of weight[k] * (down_k . h[k]).
 //
 // The end of a mixture for one token, one launch: K matrices, the routing weights, their sum, the
-// shared expert's gate and both additions. MLX's chain writes [K, OUT] and reads it again, and
-// needs 4 to 7 launches. One simdgroup an expert; the K partial sums meet in threadgroup memory
+// shared expert's gate and both additions. MLX's chain of gather_qmm, products, sums and
+// sigmoid writes [K, OUT] and reads it again. One simdgroup an expert; the K partial sums meet in threadgroup memory
 // and are added in the order of k, so the result does not depend on a schedule: no atomics.
 //
 // inputs   h [tokens * K, IN] float · bank, 32-bit words · tiles [tokens * K, 4] uint, of which

@@ -2,7 +2,7 @@
 //
 // Both projections, the activation and the product in one pass: x is read once for gate and up,
 // sum(x) is shared by all rows of both, and neither gate . x nor up . x is ever written. MLX's
-// chain is two gather_qmm and an activation: 3 launches, and 6 * OUT floats a pair of traffic.
+// chain is two gather_qmm and an activation, with both products written and read again.
 // Weights come straight from the bank's slots, one packed record an expert.
 //
 // A tile is one expert and up to TOKENS tokens that chose it: (slot, first, count, token ...);

@@ -9,7 +9,7 @@ import pytest
 
 from flash_moe.checkpoint.synth import Shape, synthesize
 
-# MLX 0.32.4 on CUDA gives wrong, changing results for matrices narrower than these (see CHANGELOG).
+# No matrix of 64 columns: MLX 0.32.4 on CUDA computes those wrongly.
 DEMO = Shape(layers=4, experts=8, experts_per_token=4, hidden=256, intermediate=128)
 
 

@@ -3,9 +3,9 @@
     python backend/benchmarks/layers.py [--bits 2] [--experts 4] [--tokens 12] [--folder FOLDER]
 
 Four layers of Qwen3.5-397B-A17B (three with linear attention, one with full) with 64 experts each
-and a small vocabulary, bfloat16, experts in the page cache. What is timed is whole tokens, with
-attention, router, reads and everything else: the best one of each runtime. `mlx, float32` is what
-a CPU without a C compiler gets.
+and a small vocabulary, bfloat16, all matrices but the routers of `--bits`, experts in the page
+cache. What is timed is whole tokens, with attention, router, reads and everything else: the best
+one of each runtime. `mlx, float32` is what a CPU without a C compiler gets.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def measure(model: StreamedModel, tokens: int) -> tuple[float, float, float]:
     for token in range(tokens):
         io, back = streamer.reader.counters.seconds, streamer.readback_seconds
         start = time.perf_counter()
-        # The same one again: it chooses other experts as the state moves on.
+        # A few words in turn: they choose other experts as the state moves on.
         mx.eval(model(mx.array([[token % 7 + 1]]), cache=cache))
         seconds = time.perf_counter() - start
         counters = streamer.reader.counters

@@ -8,8 +8,6 @@ worst that rounding can do, which sums of random signs are far from. So each out
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
@@ -17,106 +15,15 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from flash_moe.kernels import gpu
-from flash_moe.kernels.spec import BITS, GROUP_SIZES, SCALE_TYPES, ExpertSpec
+from flash_moe.kernels.gpu import U32
 from tests.kernels import reference as ref
 from tests.kernels.devices import EXAMPLES, F64, KIND, same_in_all_schedules, to_mlx
+from tests.kernels.gpu_cases import DTYPES, Case, Data, cases
 from tests.kernels.native_cases import seeds
 
-DTYPES = ("bfloat16", "float16", "float32")
 TYPICAL = 0.05
-SLOTS = 11
 
-U32 = npt.NDArray[np.uint32]
 check = settings(max_examples=EXAMPLES, deadline=None)
-
-
-@dataclass(frozen=True)
-class Case:
-    spec: ExpertSpec
-    dtype: str
-    tokens: int
-    k: int
-    scales: ref.Scales
-    tuning: gpu.Tuning
-    seed: int
-
-    def make(self) -> Data:
-        rng = np.random.default_rng(self.seed)
-        bank = [ref.random_record(self.spec, rng, self.scales) for _ in range(SLOTS)]
-        x = ref.rounded(rng.normal(size=(self.tokens, self.spec.hidden)), self.dtype)
-        slots = np.stack([rng.permutation(SLOTS)[: self.k] for _ in range(self.tokens)])
-        return Data(self, bank, x, slots.astype(np.uint32), rng)
-
-
-@dataclass(frozen=True)
-class Data:
-    case: Case
-    bank: list[ref.Bytes]
-    x: F64
-    slots: U32
-    rng: np.random.Generator
-
-    @property
-    def words(self) -> mx.array:
-        return mx.array(np.concatenate(self.bank).view(np.uint32))
-
-    def pairs(self) -> tuple[U32, U32]:
-        tokens = np.repeat(np.arange(len(self.x), dtype=np.uint32), self.slots.shape[1])
-        return tokens, self.slots.reshape(-1)
-
-    def sorted_pairs(self) -> tuple[U32, U32, U32]:
-        """Pairs by slot, and the place of each (token, choice) among them."""
-        tokens, slots = self.pairs()
-        order = np.argsort(slots, kind="stable")
-        place = np.empty(len(order), np.uint32)
-        place[order] = np.arange(len(order))
-        return tokens[order], slots[order], place
-
-
-# Down to scales that are subnormal, up to sums of 2^60; float16 activations hold neither.
-ordinary = st.builds(
-    ref.Scales, spread=st.sampled_from([0.0, 4.0]), negative=st.booleans(), zeros=st.booleans()
-)
-extreme = st.builds(
-    ref.Scales,
-    magnitude=st.sampled_from([2.0**-130, 2.0**-60, 2.0**-20, 2.0**20]),
-    spread=st.sampled_from([0.0, 8.0]),
-    negative=st.booleans(),
-    zeros=st.booleans(),
-)
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Shapes that fill no step of 512 columns and no threadgroup, and some that do."""
-    group = draw(st.sampled_from(GROUP_SIZES))
-    scale_type = draw(st.sampled_from(SCALE_TYPES))
-    dtype = draw(st.sampled_from(DTYPES))
-    spec = ref.make_spec(
-        group * draw(st.integers(1, 1152 // group)),
-        group * draw(st.integers(1, 640 // group)),
-        draw(st.sampled_from(BITS)),
-        group,
-        scale_type,
-        draw(st.sampled_from(BITS)),
-    )
-    scales = draw(extreme | ordinary)
-    if "float16" in (dtype, scale_type):
-        # Three products of values up to 2^bits and 2^4 must stay below 65504.
-        scales = replace(draw(ordinary), magnitude=2.0**-spec.gate.bits / 4)
-    return Case(
-        spec,
-        dtype,
-        draw(st.integers(1, 3)),
-        draw(st.integers(1, 10)),
-        scales,
-        gpu.Tuning(
-            draw(st.sampled_from([1, 2, 4])),
-            draw(st.sampled_from([1, 2, 8])),
-            draw(st.sampled_from([16, 32])),
-        ),
-        draw(seeds),
-    )
 
 
 def assert_within(got: F64, expected: ref.Bounded, dtype: str, scale: float = 1.0) -> None:
@@ -136,6 +43,18 @@ def hidden_rows(data: Data, tokens: U32, slots: U32) -> ref.Bounded:
         for token, slot in zip(tokens, slots, strict=True)
     ]
     return ref.Bounded(*(np.concatenate([getattr(r, n) for r in rows]) for n in ("value", "error")))
+
+
+def from_rows(parts: list[ref.Bounded], weights: npt.NDArray[np.float32]) -> ref.Bounded:
+    """The weighted sum of rows [1, hidden] that are in the pairs' order."""
+    t, k = weights.shape
+    wide = weights.astype(np.float64)[..., None]
+    value, error = (
+        np.stack([getattr(part, name)[0] for part in parts]).reshape(t, k, -1)
+        for name in ("value", "error")
+    )
+    more = ref.gamma(k + 3) * np.abs(value)
+    return ref.Bounded((wide * value).sum(1), (wide * (error + more)).sum(1))
 
 
 @check
@@ -160,6 +79,12 @@ def test_one_token_at_a_time(case: Case) -> None:
     assert_within(h, hidden_rows(data, tokens, slots), "float32")
     expected = ref.mixture(data.bank, case.spec, data.x, data.slots, weights.astype(np.float64))
     assert_within(y, expected, case.dtype)
+    # From the h that it was given, whose own error would hide that of the last step.
+    parts = [
+        ref.product(data.bank[slot], case.spec.down, ref.Bounded(row, np.zeros_like(row)))
+        for slot, row in zip(slots, h[:, None], strict=True)
+    ]
+    assert_within(y, from_rows(parts, weights), case.dtype)
     event(f"{case.spec.gate.bits} bits, {case.dtype}")
 
 
@@ -184,8 +109,9 @@ def test_tokens_that_share_an_expert(case: Case, tile: int) -> None:
     for row, (token, slot) in enumerate(zip(tokens, slots, strict=True)):
         one = ref.expert(data.bank[slot], case.spec, data.x[token : token + 1])
         assert_within(d[row : row + 1], one, "float32")
-    expected = ref.mixture(data.bank, case.spec, data.x, data.slots, weights.astype(np.float64))
-    assert_within(y, expected, case.dtype)
+    # From the d that it was given: a sum of k products, within one unit of the last place.
+    exact = [ref.Bounded(row, np.zeros_like(row)) for row in d[place][:, None]]
+    assert_within(y, from_rows(exact, weights), case.dtype, scale=1 / TYPICAL)
 
 
 @check
@@ -226,12 +152,8 @@ def test_what_is_added_to_a_mixture(
         ref.product(data.bank[slot], case.spec.down, ref.Bounded(row, np.zeros_like(row)))
         for slot, row in zip(slots, h[:, None].astype(np.float64), strict=True)
     ]
-    value, error = (
-        np.stack([getattr(part, name)[0] for part in parts]).reshape(tokens, k, 96)
-        for name in ("value", "error")
-    )
-    wide = weights.astype(np.float64)[..., None]
-    total, bound = (wide * value).sum(1), (wide * (error + ref.gamma(k + 8) * np.abs(value))).sum(1)
+    mixed = from_rows(parts, weights)
+    total, bound = mixed.value, mixed.error + ref.gamma(8) * np.abs(mixed.value)
     if shared:
         total = total + given_[0] / (1 + np.exp(-given_[1]))
         bound = bound + np.abs(given_[0]) * ref.gamma(k + 16)

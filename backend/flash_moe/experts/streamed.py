@@ -148,7 +148,7 @@ class StreamedSwitch(nn.Module):
         """Pairs sorted by expert, a lane of experts at a time; and where each pair's row is then.
 
         Every row is computed on its own, so the grouping does not change a bit of it; every
-        expert is read once. While a group computes, the next one is read into the other lane.
+        expert is read once. Where computing is lazy, the next group is read while one computes.
         """
         size, k = self._streamer.bank.lane_slots, len(slots) // len(x)
         order = np.argsort(slots, kind="stable").astype(np.uint32)
