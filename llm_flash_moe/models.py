@@ -71,7 +71,7 @@ class ModelOptions(llm.Options):
     runtime: str | None = Field(
         None,
         description=f"Code that computes the experts: {', '.join(RUNTIMES)}. auto takes the "
-        "fastest here; mlx is bit-identical to mlx-lm",
+        "fastest here; mlx is mlx-lm's arithmetic, on a CPU to the bit",
     )
     stats: bool | None = Field(None, description="Print statistics to stderr after the reply")
 

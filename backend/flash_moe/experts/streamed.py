@@ -3,7 +3,8 @@
 Without kernels it keeps mlx-lm's own module and calls it, with the bank's slots in the place of
 the stacked weights and slot numbers in the place of expert numbers. So the activation, the biases,
 the sort of large batches and every quantization mode are mlx-lm's code, and the result is the same
-to the bit; only the expert axis is shorter. With kernels, the layers that they cover are theirs.
+(on a CPU to the bit); only the expert axis is shorter. With kernels, the layers that they cover are
+theirs.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 metal   our kernels on Apple's GPU
 cuda    the same kernels on NVIDIA's
 native  our kernel in C on the CPU, compiled on this machine
-mlx     MLX's own operations: asked for, bit-identical to mlx-lm with everything in memory
+mlx     MLX's own operations: asked for, on a CPU bit-identical to mlx-lm with all in memory
 
 The first three differ from it by rounding only, and keep more digits. A CPU without a C compiler
 gets `mlx` too, unasked, and then computes 16-bit weights in float32.
@@ -39,7 +39,7 @@ def choose(wish: str = "auto") -> Runtime:
     if wish not in get_args(Wish):
         raise OptionError(f"runtime={wish}: choose {', '.join(get_args(Wish))}.")
     if wish == "mlx":
-        return Runtime("mlx", "as asked: bit-identical to mlx-lm")
+        return Runtime("mlx", "as asked")
     best = _best()
     if wish not in ("auto", best.name):
         choices = " or ".join(dict.fromkeys(("auto", best.name, "mlx")))
