@@ -10,29 +10,34 @@ from contextlib import contextmanager
 @contextmanager
 def byte_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar with GB/s and time left; yields a function to be told of more bytes."""
-    if not sys.stderr.isatty():
-        yield lambda nbytes: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    with _bar(title, total, "DownloadColumn", "TransferSpeedColumn") as advance:
+        yield advance
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+
+@contextmanager
+def item_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with a count and time left; yields a function to be told of more items."""
+    with _bar(title, total, "MofNCompleteColumn") as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(title: str, total: int, *columns: str) -> Iterator[Callable[[int], None]]:
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    shown = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        *(getattr(progress, column)() for column in columns),
+        progress.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda nbytes: progress.advance(task, nbytes)
+    with progress.Progress(*shown, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.advance(task, done)
 
 
 class StatusLine:

@@ -17,6 +17,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flash_moe.errors import CheckpointError, OptionError
 
+# A grammar lets nothing through that does not match, but only what was said can be meant.
+SCHEMA_PROMPT = "Reply with JSON that matches this schema:\n{}"
+
 
 class _Generation(Extension):
     """`{% generation %}` marks what a model is trained to say; rendered, it is what it encloses."""
@@ -39,6 +42,8 @@ class Template:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda text: datetime.now().strftime(text)
+        # How it writes tool calls tells which parser reads them.
+        self.source = source
         self._special_tokens = special_tokens
         try:
             self._template = environment.from_string(source)
@@ -48,18 +53,27 @@ class Template:
             ) from error
 
     def render(self, messages: Sequence[dict[str, Any]], **variables: Any) -> str:
-        """The conversation as text, with the opening of the assistant's turn."""
+        """The conversation as text, with the opening of the assistant's turn, unless
+        `add_generation_prompt=False` asks for none."""
         try:
             return self._template.render(
                 messages=[_with_thinking(message) for message in messages],
-                add_generation_prompt=True,
                 **self._special_tokens,
-                **{"tools": None, "documents": None, **variables},
+                **{"add_generation_prompt": True, "tools": None, "documents": None, **variables},
             )
         except Exception as error:  # a template is a program: it can fail in every way
             raise OptionError(
                 f"The model's chat template does not take this conversation: {_said(error)}."
             ) from error
+
+
+def with_schema(messages: Sequence[dict[str, Any]], schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """The conversation with the wish for JSON at the end of its instructions."""
+    wish = SCHEMA_PROMPT.format(json.dumps(schema))
+    if messages and messages[0]["role"] == "system":
+        first, *rest = messages
+        return [{**first, "content": f"{first['content']}\n\n{wish}"}, *rest]
+    return [{"role": "system", "content": wish}, *messages]
 
 
 def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ a checkpoint has no tokenizer.json.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ SPECIAL = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class ChatTokenizer:
     tokenizer: Tokenizer
     template: Template | None
@@ -41,11 +41,16 @@ class ChatTokenizer:
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], **variables: Any) -> list[int]:
         """The ids of a conversation, up to where the assistant speaks next."""
+        return self.encode_rendered(self.render_chat(messages, **variables))
+
+    def render_chat(self, messages: Sequence[dict[str, Any]], **variables: Any) -> str:
         if self.template is None:
-            text = "\n\n".join(str(message["content"]) for message in messages)
-            return self.encode(text)
-        text = self.template.render(messages, **variables)
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+            return "\n\n".join(str(message["content"]) for message in messages)
+        return self.template.render(messages, **variables)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Templates write special tokens themselves; without one, the tokenizer adds them."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=self.template is None).ids
         return ids
 
     def encode(self, text: str) -> list[int]:
@@ -56,21 +61,35 @@ class ChatTokenizer:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def stream(self) -> TextStream:
-        return TextStream(self)
+    def text_of(self, token: int) -> str:
+        """One token alone, also a special one."""
+        text: str = self.tokenizer.decode([token], skip_special_tokens=False)
+        return text
+
+    def stream(self, kept: Iterable[str] = ()) -> TextStream:
+        """`kept` are special tokens whose text is wanted."""
+        return TextStream(self, _known(self.tokenizer, kept))
 
 
 class TextStream:
     """Token by token to text, never a part of a character: a token that ends inside one gives
     nothing, and the one that completes it gives all. `finish` gives what is left."""
 
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, kept: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._kept = kept
+        self._begin()
+
+    def _begin(self) -> None:
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
         self._given = ""
 
     def add(self, token: int) -> str:
+        if token in self._kept:
+            rest = self.finish()
+            self._begin()
+            return rest + str(self._tokenizer.tokenizer.id_to_token(token))
         self._ids.append(token)
         text = self._decoder.step(self._tokenizer.tokenizer, token) or ""
         self._given += text

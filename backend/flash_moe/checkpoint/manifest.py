@@ -11,7 +11,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,19 @@ class PackedLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class Requantized:
+    """That routed experts were given fewer bits than their `source` has, and how."""
+
+    bits: int
+    group_size: int
+    method: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"experts requantized from {self.source} to {self.bits}-bit ({self.method})"
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """`experts_per_token` is the K chosen at packing, None for the model's own."""
 
@@ -50,6 +63,7 @@ class Manifest:
     experts_per_token: int | None
     layers: tuple[PackedLayer, ...]
     files: dict[str, FileEntry]
+    requantized: Requantized | None = None
 
     @property
     def expert_bytes(self) -> int:
@@ -63,6 +77,7 @@ class Manifest:
             "source": self.source,
             "architecture": self.architecture,
             "experts_per_token": self.experts_per_token,
+            "requantized": self.requantized and asdict(self.requantized),
             "layouts": [layout.to_json() for layout in layouts],
             "layers": [
                 {
@@ -95,6 +110,14 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
     _check_files(folder, manifest)
     return manifest
+
+
+def requantized(folder: Path) -> Requantized | None:
+    """What a pack says of its bits, for lists: a broken one is told when it is used."""
+    try:
+        return _requantized(json.loads((folder / MANIFEST).read_bytes()).get("requantized"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def verify(
@@ -144,6 +167,18 @@ def _parse(value: Any) -> Manifest:
         experts_per_token=None if chosen is None else _positive(chosen),
         layers=layers,
         files=files,
+        requantized=_requantized(value.get("requantized")),
+    )
+
+
+def _requantized(value: Any) -> Requantized | None:
+    if value is None:
+        return None
+    return Requantized(
+        _positive(value["bits"]),
+        _positive(value["group_size"]),
+        _string(value["method"]),
+        _string(value["source"]),
     )
 
 

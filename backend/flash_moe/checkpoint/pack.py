@@ -29,9 +29,11 @@ from flash_moe.checkpoint.manifest import (
     PackedLayer,
     is_file_name,
 )
-from flash_moe.checkpoint.records import compute_records, copy_records
+from flash_moe.checkpoint.recast import Recast
+from flash_moe.checkpoint.records import compute_records, copy_records, forget, recast_records
 from flash_moe.checkpoint.skeleton import Skeleton, open_skeleton
 from flash_moe.errors import CheckpointError, NoSpace, NotContiguous
+from flash_moe.experts.layout import Layout
 
 Progress = Callable[[int], None]
 
@@ -50,13 +52,12 @@ class PackJob:
     skeleton: Skeleton
     target: Path
     experts_per_token: int | None
+    recast: Recast | None = None
 
     @property
     def expert_bytes(self) -> int:
-        skeleton = self.skeleton
-        return sum(
-            skeleton.layout(path).stride * skeleton.expert_count(path) for path in skeleton.switches
-        )
+        count = self.skeleton.expert_count
+        return sum(self._layout(path).stride * count(path) for path in self.skeleton.switches)
 
     @property
     def nbytes(self) -> int:
@@ -66,27 +67,41 @@ class PackJob:
         state = self.target.with_name(self.target.name + ".partial")
         work = state / "pack"
         _require_space(work, self.target, self.nbytes)
-        with _claimed(state, self.folder):
+        with _claimed(state, self._fingerprint()):
             _require_absent(self.target)
             work.mkdir(exist_ok=True)
             manifest = self._write_into(work, state, progress)
             shutil.rmtree(state)
         return manifest
 
+    def _layout(self, path: str) -> Layout:
+        layout = self.skeleton.layout(path)
+        return layout if self.recast is None else self.recast.layout(layout, path)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What may go on with this work: the same source, and the same change of it."""
+        change = {} if self.recast is None else {"recast": self.recast.to_json()}
+        return {"source": _fingerprint(self.folder), **change}
+
     def _write_into(self, work: Path, state: Path, progress: Progress) -> Manifest:
+        sources = {path: self.skeleton.layout(path) for path in self.skeleton.switches}
+        config = _settled(self.skeleton.config)
+        if self.recast is not None:
+            config = self.recast.config(config, sources)
         layers = [
             self._layer(work, state, number, path, progress)
             for number, path in enumerate(self.skeleton.switches)
         ]
         files = {layer.file: entry for layer, entry in layers}
         files |= self._resident(work, state, progress)
-        files |= self._copied(work)
+        files |= self._copied(work, config)
         manifest = Manifest(
             source=self.folder.path.resolve().name,
             architecture=self.folder.architecture,
             experts_per_token=self.experts_per_token,
             layers=tuple(layer for layer, _ in layers),
             files=files,
+            requantized=self.recast.summary(sources.values()) if self.recast else None,
         )
         write_json(work / MANIFEST, manifest.to_json())
         _remove_strays(work, {*files, MANIFEST})
@@ -97,7 +112,7 @@ class PackJob:
     def _layer(
         self, work: Path, state: Path, number: int, path: str, progress: Progress
     ) -> tuple[PackedLayer, FileEntry]:
-        layout, experts = self.skeleton.layout(path), self.skeleton.expert_count(path)
+        layout, experts = self._layout(path), self.skeleton.expert_count(path)
         file, done = f"layer_{number:03}.experts", state / f"layer_{number:03}.json"
         size = experts * layout.stride
         if done.exists() and (work / file).exists() and (work / file).stat().st_size == size:
@@ -108,23 +123,18 @@ class PackJob:
             with replacing(work / file) as temporary:
                 records, sha256 = self._write_layer(temporary, path, progress)
             write_json(done, {"records": records, "sha256": sha256})
-        self._forget(path)
+        for name, _ in layout.quantization:
+            forget(self.skeleton.switches[path][name])
         return PackedLayer(path, file, experts, layout, tuple(records)), FileEntry(size, sha256)
 
     def _write_layer(self, file: Path, path: str, progress: Progress) -> tuple[list[int], str]:
+        if self.recast is not None:
+            return recast_records(file, self.skeleton, path, self.recast, progress)
         try:
             layer = self.skeleton.layer(path)
         except NotContiguous:
             return compute_records(file, self.skeleton, path, progress)
         return copy_records(file, layer, progress)
-
-    def _forget(self, path: str) -> None:
-        """Drop a layer's lazy arrays: those that were evaluated hold its weights in memory."""
-        switch = self.skeleton.switches[path]
-        for name, _ in self.skeleton.layout(path).quantization:
-            for param, array in list(switch[name].items()):
-                if isinstance(array, mx.array):
-                    switch[name][param] = mx.zeros(array.shape, array.dtype)
 
     def _resident(self, work: Path, state: Path, progress: Progress) -> dict[str, FileEntry]:
         resident = self.skeleton.resident()
@@ -140,10 +150,10 @@ class PackJob:
             files[file] = FileEntry(size, str(read_json(done)["sha256"]))
         return files
 
-    def _copied(self, work: Path) -> dict[str, FileEntry]:
+    def _copied(self, work: Path, config: dict[str, Any]) -> dict[str, FileEntry]:
         from mlx_lm.utils import _encode_tagged_floats
 
-        write_json(work / "config.json", _encode_tagged_floats(_settled(self.skeleton.config)))
+        write_json(work / "config.json", _encode_tagged_floats(config))
         files = {"config.json"}
         for pattern in COPIED:
             for source in sorted(self.folder.path.glob(pattern)):
@@ -156,18 +166,26 @@ class PackJob:
         }
 
 
-def plan_pack(folder: Folder, target: Path, experts: int | None = None) -> PackJob:
+def plan_pack(
+    folder: Folder, target: Path, experts: int | None = None, recast: Recast | None = None
+) -> PackJob:
     """Check what can be checked before a byte is written."""
     if folder.manifest is not None:
         raise CheckpointError(f"{folder.path} is a pack already. Add it: llm flash-moe add PATH")
     _require_absent(target)
     with_experts_per_token(folder.config, experts)
-    return PackJob(folder, open_skeleton(folder), target, experts)
+    job = PackJob(folder, open_skeleton(folder), target, experts, recast)
+    if recast is not None:
+        sources = {path: job.skeleton.layout(path) for path in job.skeleton.switches}
+        recast.summary(sources.values())
+        for path, source in sources.items():
+            recast.layout(source, path)
+    return job
 
 
 @contextmanager
-def _claimed(state: Path, folder: Folder) -> Iterator[None]:
-    """The folder to work in, for this process alone, and proven to belong to this source.
+def _claimed(state: Path, fingerprint: dict[str, Any]) -> Iterator[None]:
+    """The folder to work in, for this process alone, and proven to belong to this work.
 
     The lock is on the folder itself, so that none is left behind; and whoever waited for it must
     look again, because the winner removes the folder when its pack is done.
@@ -182,11 +200,11 @@ def _claimed(state: Path, folder: Folder) -> Iterator[None]:
             still_there = False
         if not still_there:
             raise CheckpointError(f"Another pack is being written to {state}.")
-        fingerprint = {"source": _fingerprint(folder)}
         known = state / "source.json"
         if known.exists() and read_json(known) != fingerprint:
             raise CheckpointError(
-                f"{state} was begun from another checkpoint. Remove it, or choose another name."
+                f"{state} was begun from another checkpoint or with other bits. Remove it, or "
+                "choose another name."
             )
         write_json(known, fingerprint)
         yield

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
+from flash_moe.checkpoint.recast import Recast
 from flash_moe.checkpoint.skeleton import Skeleton
-from flash_moe.experts.layout import Layout
+from flash_moe.errors import NotContiguous
+from flash_moe.experts.layout import Layout, Part
 from flash_moe.experts.reader import Reader, Target
 from flash_moe.experts.store import ExpertLayer, ExpertStore
 
@@ -82,6 +85,68 @@ def compute_records(
                 _write_fully(out.fileno(), np.ascontiguousarray(row).data, at)
             progress(part.nbytes * experts)
     return _read_back(file, layout)
+
+
+def recast_records(
+    file: Path, skeleton: Skeleton, path: str, recast: Recast, progress: Progress
+) -> tuple[list[int], str]:
+    """Records whose weights have other bits; one projection of one expert is computed at a time."""
+    source = skeleton.layout(path)
+    layout, experts = recast.layout(source, path), skeleton.expert_count(path)
+    places = {part.name: part.offset for part in layout.parts}
+    quantization = dict(source.quantization)
+    with file.open("wb", buffering=0) as out:
+        out.truncate(experts * layout.stride)
+        for expert, name, arrays in _projections(skeleton, path):
+            made = recast.projection(arrays, quantization[name])
+            done = 0
+            for param, array in made.items():
+                raw = np.array(mx.contiguous(array).reshape(-1).view(mx.uint8), copy=False)
+                at = expert * layout.stride + places[f"{name}.{param}"]
+                _write_fully(out.fileno(), np.ascontiguousarray(raw).data, at)
+                done += array.nbytes
+            progress(done)
+    return _read_back(file, layout)
+
+
+def _projections(skeleton: Skeleton, path: str) -> Iterator[tuple[int, str, dict[str, mx.array]]]:
+    """Every projection of every expert of a layer: read one by one where they lie so, else a
+    projection of all experts at a time, as mlx-lm computes it."""
+    try:
+        layer = skeleton.layer(path)
+    except NotContiguous:
+        for name, _ in skeleton.layout(path).quantization:
+            projection = skeleton.switches[path][name]
+            arrays = {k: v for k, v in projection.items() if isinstance(v, mx.array)}
+            for expert in range(skeleton.expert_count(path)):
+                yield expert, name, {param: array[expert] for param, array in arrays.items()}
+            forget(projection)
+        return
+    store, reader = ExpertStore([layer]), Reader()
+    buffer = bytearray(layer.layout.stride)
+    try:
+        for expert in range(layer.experts):
+            segments = store.segments(0, expert)
+            reader.read([(s, memoryview(buffer)[s.at : s.at + s.length]) for s in segments])
+            for name, _ in layer.layout.quantization:
+                parts = [part for part in layer.layout.parts if part.projection == name]
+                yield expert, name, {part.param: _array(buffer, part) for part in parts}
+    finally:
+        reader.close()
+        store.close()
+
+
+def _array(buffer: bytearray, part: Part) -> mx.array:
+    """A copy: MLX computes later, and the buffer is read into again."""
+    raw = np.frombuffer(buffer, np.uint8, part.nbytes, part.offset)
+    return mx.array(raw).view(getattr(mx, part.dtype)).reshape(part.shape)
+
+
+def forget(projection: nn.Module) -> None:
+    """Drop lazy arrays: those that were evaluated hold their weights in memory."""
+    for param, array in list(projection.items()):
+        if isinstance(array, mx.array):
+            projection[param] = mx.zeros(array.shape, array.dtype)
 
 
 def _read_back(file: Path, layout: Layout) -> tuple[list[int], str]:

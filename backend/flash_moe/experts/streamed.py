@@ -10,7 +10,7 @@ theirs.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -42,6 +42,8 @@ class Streamer:
     fence_seconds: float = 0.0
     # Experts asked for in one layer of one call, at most: what a bigger bank would serve at once.
     widest: int = field(default=0)
+    # Told of the experts that every layer's router chose, while somebody counts them.
+    watch: Callable[[int, U32], None] | None = None
 
     def read_back(self, indices: mx.array) -> U32:
         """The experts that a router chose: the one thing a layer needs on the host."""
@@ -124,6 +126,8 @@ class StreamedSwitch(nn.Module):
 
     def _slots(self, chosen: U32) -> tuple[list[int], U32]:
         """The experts to read, and for every (token, choice) pair its expert's place among them."""
+        if self._streamer.watch is not None:
+            self._streamer.watch(self._layer, chosen)
         experts, slots = np.unique(chosen, return_inverse=True)
         self._streamer.widest = max(self._streamer.widest, len(experts))
         return experts.tolist(), slots.reshape(-1).astype(np.uint32)

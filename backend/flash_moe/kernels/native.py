@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flash_moe.kernels.native_build import NativeUnavailable, build, find_compiler
+from flash_moe.kernels.native_build import KERNELS, NativeUnavailable, build, find_compiler
 from flash_moe.kernels.spec import BITS, GROUP_SIZES, SCALE_TYPES, ExpertSpec, Matrix
 
 __all__ = [
@@ -193,7 +193,7 @@ class Native:
 @cache
 def load_native(extra_flags: tuple[str, ...] = ()) -> Native:
     """Compiled on the first use on a machine, some seconds long. Raises NativeUnavailable."""
-    return Native(build(extra_flags))
+    return Native(build(KERNELS, extra_flags))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Turns native.c into a library for this very processor, once: later starts find it in a cache.
+"""Turns C sources into a library for this very processor, once: later starts find it in a cache.
 
 The name of a cached file holds what went in (source, compiler, flags, processor) and what came out,
 so a file of another machine is never loaded and a damaged one is built again.
@@ -15,13 +15,29 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from flash_moe.errors import FlashMoeError
 
-SOURCES = tuple(
-    Path(__file__).with_name(f"native{n}") for n in (".c", "_pool.h", "_product.h", "_simd.h")
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """What is built: the first source is compiled and includes the rest. The name is its file's
+    in the cache; what it is goes into messages."""
+
+    name: str
+    what: str
+    sources: tuple[Path, ...]
+
+
+KERNELS = Library(
+    "native",
+    "the native kernels",
+    tuple(
+        Path(__file__).with_name(f"native{n}") for n in (".c", "_pool.h", "_product.h", "_simd.h")
+    ),
 )
 # No contraction: the compiler would fuse a product and a sum in one place and not in another, and
 # results would depend on the batch. errno of expf is of no use and keeps it out of line.
@@ -38,7 +54,7 @@ COMPILE_SECONDS = 300
 
 
 class NativeUnavailable(FlashMoeError):
-    """The native kernels cannot be had here; the text says why and what mends it."""
+    """Compiled code cannot be had here; the text says why and what mends it."""
 
 
 def find_compiler() -> str | None:
@@ -49,48 +65,50 @@ def find_compiler() -> str | None:
     return None
 
 
-def build(extra_flags: tuple[str, ...]) -> ctypes.CDLL:
-    """The library, from the cache or compiled."""
+def build(library: Library, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """From the cache or compiled."""
     compiler = find_compiler()
     if compiler is None:
         raise NativeUnavailable(
             "No C compiler was found. On Debian: apt install gcc; on macOS: xcode-select --install"
         )
     try:
-        source = b"".join(path.read_bytes() for path in SOURCES)
+        source = b"".join(path.read_bytes() for path in library.sources)
     except OSError as error:
         raise NativeUnavailable(
-            f"The source of the native kernels cannot be read: {error}. Install again."
+            f"The source of {library.what} cannot be read: {error}. Install again."
         ) from error
     version = _run([compiler, "--version"]).stdout
     inputs = repr((source, compiler, version, FLAGS, extra_flags, _processor()))
-    stem = f"native-{hashlib.sha256(inputs.encode()).hexdigest()[:24]}"
+    stem = f"{library.name}-{hashlib.sha256(inputs.encode()).hexdigest()[:24]}"
     folder = cache_folder()
     for path in sorted(folder.glob(f"{stem}-*.so")) if folder else ():
-        if library := _load(path):
-            return library
+        if loaded := _load(path):
+            return loaded
     for target in (folder, _private_folder):
         place = target() if callable(target) else target
-        if place and (library := _load(_compile(compiler, extra_flags, place, stem))):
-            return library
+        if place and (loaded := _load(_compile(library, compiler, extra_flags, place, stem))):
+            return loaded
     raise NativeUnavailable(
-        f"What {compiler} made of the native kernels does not load. Set CC to another compiler."
+        f"What {compiler} made of {library.what} does not load. Set CC to another compiler."
     )
 
 
-def _compile(compiler: str, extra_flags: tuple[str, ...], folder: Path, stem: str) -> Path:
+def _compile(
+    library: Library, compiler: str, extra_flags: tuple[str, ...], folder: Path, stem: str
+) -> Path:
     handle, temporary = tempfile.mkstemp(prefix=f"{stem}-", suffix=".tmp", dir=folder)
     os.close(handle)
     try:
         native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-        rest = [*extra_flags, str(SOURCES[0]), "-o", temporary, "-lm"]
+        rest = [*extra_flags, str(library.sources[0]), "-o", temporary, "-lm"]
         done = _run([compiler, *FLAGS, native, *rest])
         if done.returncode:
             done = _run([compiler, *FLAGS, *rest])
         if done.returncode:
             last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
             raise NativeUnavailable(
-                f"{compiler} could not compile the native kernels. Set CC to another compiler "
+                f"{compiler} could not compile {library.what}. Set CC to another compiler "
                 f"(gcc 9 and clang 12 or newer will do).\n{last}"
             )
         path = folder / f"{stem}-{_digest(Path(temporary))}.so"
@@ -99,7 +117,7 @@ def _compile(compiler: str, extra_flags: tuple[str, ...], folder: Path, stem: st
         os.replace(temporary, path)
     except OSError as error:
         raise NativeUnavailable(
-            f"The native kernels could not be written to {folder}: {error}. "
+            f"A library for {library.what} could not be written to {folder}: {error}. "
             "Make room there, or set XDG_CACHE_HOME."
         ) from error
     finally:

@@ -1,0 +1,134 @@
+"""Routed experts with fewer bits, on their way into a pack. Everything else stays as it is.
+
+Knows records and configs; how weights become codes is given from above (flash_moe.quant).
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from flash_moe.checkpoint.manifest import Requantized
+from flash_moe.errors import OptionError
+from flash_moe.experts.layout import Layout, Quantization, make_layout
+
+FLOATS = ("bfloat16", "float16", "float32")
+CODES = ("weight", "scales", "biases")
+Arrays = dict[str, mx.array]
+
+
+class Quantize(Protocol):
+    def __call__(
+        self, arrays: Arrays, source: Quantization | None, bits: int, group_size: int
+    ) -> tuple[mx.array, mx.array, mx.array]: ...
+
+
+@dataclass(slots=True)
+class Spent:
+    """What went in, and what it took: processor time of all threads, and time on the clock."""
+
+    nbytes: int = 0
+    cpu_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Recast:
+    """Affine, `bits` a weight. Matrices that have no more bits than that are left alone."""
+
+    bits: int
+    group_size: int
+    method: str
+    quantize: Quantize = field(compare=False, repr=False)
+    spent: Spent = field(default_factory=Spent, compare=False, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """What another choice is told by."""
+        return {"bits": self.bits, "group_size": self.group_size, "method": self.method}
+
+    def changes(self, quantization: Quantization | None) -> bool:
+        return quantization is None or quantization.bits > self.bits
+
+    def layout(self, source: Layout, path: str) -> Layout:
+        """The record that comes of a source's; OptionError if it cannot be."""
+        arrays: list[tuple[str, str, str, tuple[int, ...]]] = []
+        quantization: list[tuple[str, Quantization | None]] = []
+        for name, old in source.quantization:
+            parts = {p.param: p for p in source.parts if p.projection == name}
+            if not self.changes(old):
+                arrays += [(name, p.param, p.dtype, p.shape) for p in parts.values()]
+                quantization.append((name, old))
+                continue
+            rows, columns, dtype = self._matrix(source, f"{path}.{name}", name)
+            groups = (rows, columns // self.group_size)
+            arrays.append((name, "weight", "uint32", (rows, columns * self.bits // 32)))
+            arrays += [(name, "scales", dtype, groups), (name, "biases", dtype, groups)]
+            rest = (p for param, p in parts.items() if param not in CODES)
+            arrays += [(name, p.param, p.dtype, p.shape) for p in rest]
+            quantization.append((name, Quantization(self.bits, self.group_size, "affine")))
+        return make_layout(arrays, quantization)
+
+    def projection(self, arrays: Arrays, source: Quantization | None) -> Arrays:
+        """One projection of one expert, recast: its arrays by parameter."""
+        if not self.changes(source):
+            return arrays
+        start, cpu = time.perf_counter(), time.process_time()
+        made = self.quantize(arrays, source, self.bits, self.group_size)
+        mx.eval(made)
+        self.spent.cpu_seconds += time.process_time() - cpu
+        self.spent.seconds += time.perf_counter() - start
+        self.spent.nbytes += sum(arrays[name].nbytes for name in CODES if name in arrays)
+        return {**arrays, **dict(zip(CODES, made, strict=True))}
+
+    def config(self, config: dict[str, Any], layouts: dict[str, Layout]) -> dict[str, Any]:
+        """A config that says so of every matrix, as mlx-lm's loader looks it up."""
+        changed = copy.deepcopy(config)
+        # Without quantization of its own, the rest of the model has no scales and stays plain.
+        own = {"group_size": self.group_size, "bits": self.bits, "mode": "affine"}
+        quantization = changed.setdefault("quantization", dict(own))
+        for path, layout in layouts.items():
+            quantization |= {
+                f"{path}.{name}": dict(own)
+                for name, _ in layout.quantization
+                if self.changes(dict(layout.quantization)[name])
+            }
+        return changed
+
+    def summary(self, layouts: Iterable[Layout]) -> Requantized:
+        """For the manifest. Refuses to change nothing."""
+        layouts = list(layouts)
+        source = " and ".join(dict.fromkeys(layout.bits for layout in layouts))
+        if not any(self.changes(old) for layout in layouts for _, old in layout.quantization):
+            raise OptionError(
+                f"The experts have no more than {self.bits} bits already ({source}). Pack them as "
+                "they are: leave out --bits"
+            )
+        return Requantized(self.bits, self.group_size, self.method, source)
+
+    def _matrix(self, layout: Layout, path: str, name: str) -> tuple[int, int, str]:
+        """Rows, columns and the type of scales, of a matrix that can be recast."""
+        parts = {p.param: p for p in layout.parts if p.projection == name}
+        old = dict(layout.quantization)[name]
+        if old is None and parts["weight"].dtype in FLOATS:
+            rows, columns = parts["weight"].shape
+            dtype = parts["weight"].dtype
+        elif old is not None and old.mode == "affine" and parts.keys() >= set(CODES):
+            rows, groups = parts["scales"].shape
+            columns, dtype = groups * old.group_size, parts["scales"].dtype
+        else:
+            kind = old.mode if old else parts["weight"].dtype
+            raise OptionError(
+                f"{path} is {kind}: only affine and unquantized experts can be given other bits. "
+                "Pack them as they are: leave out --bits"
+            )
+        if columns % self.group_size:
+            raise OptionError(
+                f"{path} has {columns} columns, which groups of {self.group_size} do not divide. "
+                "Choose another --group-size, or leave out --bits."
+            )
+        return rows, columns, dtype
