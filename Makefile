@@ -1,12 +1,12 @@
 # Both commands work on a machine that has only make and Python 3.11 or newer.
-#   make demo   make a model, run it, show its reply and statistics
+#   make demo   install, and ask the built-in model
 #   make test   lint, types and tests; more for pytest in ARGS, e.g. make test ARGS='-k decode'
 #   make lint   lint and types alone; make format mends what can be mended; make clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-# Nothing outside this folder is touched, unless the user has said where models go.
+# Nothing outside this folder is touched, unless the user has said where logs go.
 DEMO := $(or $(LLM_USER_PATH),$(CURDIR)/.demo)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -16,11 +16,9 @@ help:
 	@sed -n '2,4s/^# //p' Makefile
 
 demo: $(READY)
-	@echo "Random weights: the reply shows that the machinery works, not what a model can say."
-	@LLM_USER_PATH="$(DEMO)" $(BIN)/llm flash-moe path flash-moe-demo >/dev/null 2>&1 \
-		|| LLM_USER_PATH="$(DEMO)" $(BIN)/llm flash-moe synth
-	LLM_USER_PATH="$(DEMO)" $(BIN)/llm -m flash-moe-demo -o max_tokens 60 -o stats 1 \
-		"Tell me about mixtures of experts."
+	LLM_USER_PATH="$(DEMO)" $(BIN)/llm -m flash-moe-tiny "What does os.path.join do?" -o stats 1
+	LLM_USER_PATH="$(DEMO)" $(BIN)/llm -m flash-moe-tiny "How do I read a JSON file?"
+	LLM_USER_PATH="$(DEMO)" $(BIN)/llm -m flash-moe-tiny "What is 468 + 357?" -o thinking 1
 
 test: lint
 	@$(BIN)/python -m pytest -q $(ARGS)

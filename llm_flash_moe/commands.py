@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from flash_moe.built_in import MODELS
+from flash_moe.checkpoint.manifest import requantized
 from flash_moe.checkpoint.registry import Entry
 from llm_flash_moe import places
+from llm_flash_moe.cache import cache
 from llm_flash_moe.doctor import doctor
 from llm_flash_moe.errors import PluginError, shown
+from llm_flash_moe.evaluate import evaluate
 from llm_flash_moe.progress import byte_bar
 
 if TYPE_CHECKING:
     from flash_moe.checkpoint.plan import Plan
+    from flash_moe.checkpoint.recast import Recast
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON")
 FOLDER = click.Path(path_type=Path)
@@ -28,7 +33,9 @@ def flash_moe() -> None:
     """Run Mixture-of-Experts models that are bigger than memory."""
 
 
+flash_moe.add_command(cache)
 flash_moe.add_command(doctor)
+flash_moe.add_command(evaluate)
 
 
 @flash_moe.command()
@@ -58,26 +65,54 @@ def add(path: Path, name: str | None, experts: int | None) -> None:
 @click.option("--name", help="Name for llm -m; the folder's name if left out")
 @click.option("--experts", type=click.IntRange(1), help="Experts a token uses, if not the model's")
 @click.option("--to", type=FOLDER, help="Folder to write the pack into, instead of llm's own")
-def pack(source: Path, name: str | None, experts: int | None, to: Path | None) -> None:
+@click.option(
+    "--bits", type=click.Choice(["2", "3", "4"]), help="Fewer bits for experts: less exact"
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(["64", "128"]),
+    help="With --bits: weights that share a scale (64); more is smaller and less exact",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["fit", "minmax"]),
+    help="With --bits: least squares (fit), or extremes alone, to compare with",
+)
+def pack(
+    source: Path,
+    name: str | None,
+    experts: int | None,
+    to: Path | None,
+    bits: str | None,
+    group_size: str | None,
+    method: str | None,
+) -> None:
     """Write a copy of a checkpoint whose experts are quick to read.
 
     Every expert becomes one aligned record. A pack that was interrupted goes on where it was when
     the same command is given again.
     """
+    for option, given in (("--group-size", group_size), ("--method", method)):
+        if given and not bits:
+            raise click.UsageError(f"{option} goes with --bits.")
     from flash_moe.checkpoint.folder import open_folder
     from flash_moe.checkpoint.pack import plan_pack
 
     with shown():
-        source, name = source.expanduser().resolve(), name or default_name(source)
+        recast = _recast(bits, group_size, method)
+        suffix = f"-{bits}bit" if bits else ""
+        source, name = source.expanduser().resolve(), name or default_name(source) + suffix
         registry = places.registry()
         registry.require_free(name)
         target = places.new_folder(name, to)
         target.parent.mkdir(parents=True, exist_ok=True)
-        job = plan_pack(open_folder(source), target, experts)
+        job = plan_pack(open_folder(source), target, experts, recast)
         with byte_bar(f"Packing {name}", job.nbytes) as progress:
             job.write(progress)
         registry.add(name, Entry(str(target), experts, managed=to is None))
         plan = _plan(target, None)
+    if recast is not None and recast.spent.nbytes:
+        click.echo(_spent(recast))
     click.echo(_describe(name, plan))
     click.echo(f'Ready: llm -m {name} "your prompt"')
 
@@ -85,19 +120,27 @@ def pack(source: Path, name: str | None, experts: int | None, to: Path | None) -
 @flash_moe.command()
 @AS_JSON
 def models(as_json: bool) -> None:
-    """List the models that were added, packed or made here."""
+    """List the models: built in, added, packed or made here."""
     with shown():
         entries = places.registry().entries()
     if as_json:
-        listed = {name: {"path": e.path, "experts": e.experts} for name, e in entries.items()}
-        click.echo(json.dumps(listed, indent=2))
+        click.echo(json.dumps({name: _listed(e) for name, e in entries.items()}, indent=2))
         return
-    if not entries:
-        click.echo("No models yet. Try: llm flash-moe synth, or llm flash-moe add PATH")
     for name, entry in entries.items():
         lossy = f"  ({entry.experts} experts a token)" if entry.experts else ""
+        lossy += "  (built in)" if name in MODELS else ""
+        if made := requantized(Path(entry.path)):
+            lossy += f"  ({made})"
         missing = "" if Path(entry.path).is_dir() else "  (the folder is gone)"
         click.echo(f"{name}  {entry.path}{lossy}{missing}")
+    if not entries.keys() - MODELS.keys():
+        click.echo("Use a checkpoint of your own with: llm flash-moe add PATH")
+
+
+def _listed(entry: Entry) -> dict[str, Any]:
+    made = requantized(Path(entry.path))
+    changed = {"requantized": asdict(made)} if made else {}
+    return {"path": entry.path, "experts": entry.experts, **changed}
 
 
 @flash_moe.command()
@@ -211,6 +254,26 @@ def default_name(path: Path) -> str:
     return path.expanduser().resolve().name.lower()
 
 
+def _recast(bits: str | None, group_size: str | None, method: str | None) -> Recast | None:
+    if bits is None:
+        return None
+    from flash_moe.quant.requantize import make_recast
+
+    return make_recast(int(bits), int(group_size or 64), method or "fit")
+
+
+def _spent(recast: Recast) -> str:
+    from flash_moe.measure.stats import peak_rss
+
+    spent = recast.spent
+    return (
+        f"Quantized {_size(spent.nbytes)} of experts ({recast.method}) at "
+        f"{spent.nbytes / spent.cpu_seconds / 1e9:.2g} GB/s a core, "
+        f"{spent.nbytes / spent.seconds / 1e9:.2g} GB/s in all; "
+        f"peak memory {_size(peak_rss())}"
+    )
+
+
 def _plan(path: Path, experts: int | None) -> Plan:
     from flash_moe.checkpoint.folder import experts_per_token, open_folder
     from flash_moe.checkpoint.plan import make_plan
@@ -229,9 +292,11 @@ def _describe(name: str, plan: Plan) -> str:
     k = f"{plan.experts_per_token} a token"
     if plan.experts_per_token != own:
         k += f" (fewer than the model's own {own}: faster, less exact)"
+    changed = f"  less exact: {plan.requantized}\n" if plan.requantized else ""
     return (
         f"{name}: {plan.architecture}, {plan.bits}, {plan.form}\n"
         f"  experts   {plan.experts} in each of {plan.layers} layers, {k}\n"
+        f"{changed}"
         f"  on disk   {_size(plan.expert_bytes)} of experts, {_size(plan.record_bytes)} each\n"
         f"  in memory {_size(plan.resident_bytes)} of weights, {_size(plan.bank_bytes)} bank\n"
         f"  a token   reads up to {_size(plan.token_bytes)}: at 5 GB/s and nothing cached "

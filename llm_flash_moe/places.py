@@ -6,6 +6,7 @@ from pathlib import Path
 
 import llm
 
+from flash_moe import built_in
 from flash_moe.checkpoint.registry import Entry, Registry
 from llm_flash_moe.errors import PluginError
 
@@ -20,7 +21,7 @@ def packs() -> Path:
 
 
 def registry() -> Registry:
-    return Registry(home() / "models.json")
+    return Registry(home() / "models.json", built_in.MODELS)
 
 
 def new_folder(name: str, to: Path | None) -> Path:
@@ -37,3 +38,13 @@ def folder(name: str, entry: Entry) -> Path:
             f"llm flash-moe remove {name}"
         )
     return path
+
+
+def find(name: str) -> tuple[Path, int | None]:
+    """The folder and K of a known model, or of a checkpoint that is named by its folder."""
+    known = registry().entries()
+    path = Path(name).expanduser()
+    if name not in known and path.is_dir():
+        return path.resolve(), None
+    entry = registry().get(name)
+    return folder(name, entry), entry.experts

@@ -122,11 +122,12 @@ CALL: Message = {
 }
 RESULT: Message = {"role": "tool", "name": "add", "content": "3"}
 OPENED = "<|im_start|>assistant\n<think>\n"
+CLOSED = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
 def test_the_system_prompt_comes_first() -> None:
     assert SYNTHETIC.render([SYSTEM, USER]) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n" + OPENED
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n" + CLOSED
     )
 
 
@@ -141,12 +142,12 @@ def test_tools_share_the_system_turn() -> None:
 @pytest.mark.parametrize(
     ("variables", "end"),
     [
-        ({}, OPENED),
+        ({}, CLOSED),
         ({"enable_thinking": True}, OPENED),
-        ({"enable_thinking": False}, "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+        ({"enable_thinking": False}, CLOSED),
     ],
 )
-def test_thinking_is_on_unless_it_is_off(variables: dict[str, Any], end: str) -> None:
+def test_thinking_is_off_unless_it_is_on(variables: dict[str, Any], end: str) -> None:
     assert SYNTHETIC.render([USER], **variables).endswith("Hello<|im_end|>\n" + end)
 
 
@@ -162,7 +163,7 @@ def test_calls_and_results_are_written_as_the_model_writes_them() -> None:
     assert (
         "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n"
         "<parameter=b>\ntwo\n</parameter>\n</function>\n</tool_call><|im_end|>\n"
-        "<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>\n" + OPENED
+        "<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>\n" + CLOSED
     ) in text
 
 

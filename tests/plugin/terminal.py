@@ -12,6 +12,8 @@ from typing import Any
 from click.testing import CliRunner, Result
 from llm.cli import cli
 
+from flash_moe.built_in import MODELS
+
 LLM = Path(sys.executable).with_name("llm")
 
 
@@ -53,9 +55,10 @@ def environment() -> dict[str, str]:
 
 
 def known() -> dict[str, Any]:
-    """The models that are registered, by name."""
+    """The models that the user has added or made, by name: the built-in one is always there."""
     models: dict[str, Any] = json.loads(works("flash-moe", "models", "--json").stdout)
-    return models
+    assert list(models)[: len(MODELS)] == list(MODELS)
+    return {name: model for name, model in models.items() if name not in MODELS}
 
 
 def logged() -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,11 +27,18 @@ class Entry:
 
 
 class Registry:
-    def __init__(self, file: Path) -> None:
+    """`built_in` models are always there, cannot be removed, and are not written to the file."""
+
+    def __init__(self, file: Path, built_in: Mapping[str, Entry] | None = None) -> None:
         self.file = file
+        self.built_in = dict(built_in or {})
 
     def entries(self) -> dict[str, Entry]:
         """All models; RegistryError if the file is damaged (it is left as it is)."""
+        added = self._added()
+        return self.built_in | {name: added[name] for name in added if name not in self.built_in}
+
+    def _added(self) -> dict[str, Entry]:
         try:
             raw = self.file.read_bytes()
         except FileNotFoundError:
@@ -62,6 +69,8 @@ class Registry:
             entries[name] = entry
 
     def remove(self, name: str) -> Entry:
+        if name in self.built_in:
+            raise RegistryError(f"{name} comes with the package and goes only with it.")
         entry = self.get(name)
         with self._changing() as entries:
             entries.pop(name, None)
@@ -75,7 +84,11 @@ class Registry:
                 f"{name!r} cannot be a model's name: use letters, digits, '.', '_', '-' and '/', "
                 "and no '.partial' at the end. Choose one with --name."
             )
-        if name in self.entries():
+        if name in self.built_in:
+            raise RegistryError(
+                f"{name} is the model that comes with the package. Choose another --name."
+            )
+        if name in self._added():
             raise _taken(name)
 
     @contextmanager
@@ -85,7 +98,7 @@ class Registry:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.with_suffix(".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                entries = self.entries()
+                entries = self._added()
                 yield entries
                 models = {name: asdict(entry) for name, entry in sorted(entries.items())}
                 write_json(self.file, {"version": 1, "models": models})

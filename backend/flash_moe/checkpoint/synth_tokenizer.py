@@ -2,7 +2,8 @@
 
 Small and made on the spot: the 256 bytes, words from a paragraph below, and the special tokens.
 The template is our own text with Qwen3.5's behaviour: tools in the system turn, earlier thoughts
-dropped, the reply begun inside `<think>` unless thinking is off.
+dropped, the reply begun inside `<think>` if thinking is on. It is off by default: a model that is
+random, or very small, has no use for it.
 """
 
 from __future__ import annotations
