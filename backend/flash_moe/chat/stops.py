@@ -24,7 +24,7 @@ class StopScanner:
             self.stopped = True
             given, self._held = self._held[: min(found)[1]], ""
             return given
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         given, self._held = (
             self._held[: len(self._held) - keep],
             self._held[len(self._held) - keep :],
@@ -37,7 +37,7 @@ class StopScanner:
         return given
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """The longest end of `text` that begins `stop`."""
     return next(
         (n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0
