@@ -8,13 +8,18 @@ this one computes a token when it is wanted, and not before.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from flash_moe.chat.constraint import Constraint
 from flash_moe.errors import OptionError
 from flash_moe.measure.stats import StopWatch
+from flash_moe.model.guide import Guide
 from flash_moe.model.load import StreamedModel
+from flash_moe.model.prefill import Begin, Prefill, whole_chunks
 from flash_moe.model.sampling import Sampling
 
 Progress = Callable[[int, int], None]
@@ -26,6 +31,16 @@ LARGEST_CHUNK, SMALLEST_CHUNK = 2048, 16
 # Without Metal, mlx-lm unrolls recurrent layers into a graph a token, 0.15 MB each; 2,000 tokens
 # of a small model took 290 MB in one chunk, 90 MB in chunks of 512, at the same speed.
 LARGEST_UNROLLED_CHUNK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A token, how likely it was (natural logarithm), and the likeliest ones, the best first. As
+    the sampler was given them: after penalties and masks, before temperature and top-p."""
+
+    token: int
+    logprob: float
+    likeliest: list[tuple[int, float]]
 
 
 class Generation:
@@ -40,9 +55,12 @@ class Generation:
         sampling: Sampling = Sampling(),
         stop_tokens: frozenset[int] = frozenset(),
         cache: list[Any] | None = None,
+        constraint: Constraint | None = None,
+        likeliest: int | None = None,
         cancelled: Callable[[], bool] = lambda: False,
         progress: Progress = lambda done, total: None,
         chunk: int | None = None,
+        begin: Begin | None = None,
     ) -> None:
         if not prompt:
             raise OptionError("The prompt is empty: there is nothing to continue.")
@@ -54,58 +72,105 @@ class Generation:
         self._sample = sampling.sampler()
         self._processors = sampling.processors()
         self._stop_tokens = stop_tokens
-        self._cache = model.make_cache() if cache is None else cache
+        self._cache = cache
         self._cancelled = cancelled
         self._progress = progress
         self._chunk = chunk or prefill_chunk(model)
+        self._begin = begin or self._afresh
         self._watch = StopWatch(model, len(self._prompt))
         self.stats = self._watch.stats
+        self._guide = Guide(constraint, self.stats)
+        self._likeliest = likeliest
+        # Of every token that was chosen, and not forced, if `likeliest` asks for them.
+        self.choices: list[Choice] = []
 
     def __iter__(self) -> Iterator[int]:
+        # Here, so that what it takes to find a kept state is part of the reply's time.
+        prefill = self._begin(self._prompt, self._chunk)
+        self.stats.cached_tokens = prefill.cached
         try:
-            yield from self._tokens()
+            yield from self._timed(prefill)
+        except GeneratorExit:  # enough was read, so the prompt may well be continued
+            self.stats.warning = prefill.finish()
+            raise
+        self.stats.warning = prefill.finish()
+
+    def _timed(self, prefill: Prefill) -> Iterator[int]:
+        try:
+            yield from self._tokens(prefill)
         finally:
             self._watch.update()
 
-    def _tokens(self) -> Iterator[int]:
-        if not self._prefill():
+    def _afresh(self, prompt: Sequence[int], chunk: int) -> Prefill:
+        cache = self._model.make_cache() if self._cache is None else self._cache
+        return Prefill(whole_chunks(len(prompt), chunk), cache)
+
+    def _tokens(self, prefill: Prefill) -> Iterator[int]:
+        if not self._advance(prefill):
             self.stats.finish_reason = "cancelled"
             return
-        tokens = list(self._prompt)
-        for _ in range(self._max_tokens):
+        tokens, room = list(self._prompt), self._max_tokens
+        computed = prefill.ends[-1] if prefill.ends else prefill.cached
+        while room:
             if self._cancelled():
                 self.stats.finish_reason = "cancelled"
                 return
-            token = self._next(tokens)
-            tokens.append(token)
-            self._watch.token()
-            if token in self._stop_tokens:
-                self.stats.finish_reason = "stop"
-                return
-            yield token
-        self.stats.finish_reason = "length"
+            # Tokens without a choice wait for the next one with: they go through the model
+            # together with it, and share the experts that are read.
+            step = self._guide.forced(room)
+            if not step:
+                if self._guide.finished:
+                    break
+                token = self._next(tokens, computed, prefill.cache)
+                computed = len(tokens)
+                step = [token] if self._guide.accept(token) else []
+            for token in step:
+                tokens.append(token)
+                room -= 1
+                self._watch.token()
+                if token in self._stop_tokens:
+                    self.stats.finish_reason = "stop"
+                    return
+                yield token
+        self.stats.finish_reason = "stop" if self._guide.finished else "length"
 
-    def _prefill(self) -> bool:
-        """All of the prompt but its last token, whose logits are the first wanted."""
-        total = len(self._prompt)
-        for start in range(0, total - 1, self._chunk):
+    def _advance(self, prefill: Prefill) -> bool:
+        """Read the prompt chunk by chunk; False if that was cancelled."""
+        total, start = len(self._prompt), prefill.cached
+        for end in prefill.ends:
             if self._cancelled():
                 return False
             self._progress(start, total)
-            part = self._prompt[start : min(start + self._chunk, total - 1)]
-            self._model.advance(mx.array(part)[None], self._cache)
+            self._model.advance(mx.array(self._prompt[start:end])[None], prefill.cache)
+            prefill.reached(end, prefill.cache)
             mx.clear_cache()
+            start = end
         self._progress(total, total)
         return True
 
-    def _next(self, tokens: list[int]) -> int:
-        logits = self._model(mx.array(tokens[-1:])[None], cache=self._cache)[:, -1, :]
+    def _next(self, tokens: list[int], computed: int, cache: list[Any]) -> int:
+        """The token after all of `tokens`, of which the first `computed` are in the cache."""
+        while len(tokens) - computed > self._chunk:
+            part = tokens[computed : computed + self._chunk]
+            self._model.advance(mx.array(part)[None], cache)
+            computed += self._chunk
+        logits = self._model(mx.array(tokens[computed:])[None], cache=cache)[:, -1, :]
         if self._processors:
             history = mx.array(tokens)
             for process in self._processors:
                 logits = process(history, logits)
+        logits = self._guide.restrict(logits)
         log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        return int(self._sample(log_probabilities).item())
+        token = int(self._sample(log_probabilities).item())
+        if self._likeliest is not None:
+            self.choices.append(_choice(log_probabilities[0], token, self._likeliest))
+        return token
+
+
+def _choice(log_probabilities: mx.array, token: int, count: int) -> Choice:
+    values = np.array(log_probabilities.astype(mx.float32))
+    best = np.argsort(-values, kind="stable")[:count]
+    return Choice(token, float(values[token]), [(int(i), float(values[i])) for i in best])
 
 
 def prefill_chunk(model: StreamedModel) -> int:
