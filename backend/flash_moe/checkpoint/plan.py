@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from flash_moe.checkpoint.manifest import Requantized
 from flash_moe.checkpoint.skeleton import Skeleton
 
 # The working set, both lanes. 256 MB are 64 experts of the 397B at 2 bits; a lane then serves
@@ -30,6 +31,16 @@ class Plan:
     bank_slots: int
     bank_bytes: int
     token_bytes: int
+    requantized: Requantized | None = None
+    keeps_weights: bool = False
+
+    @property
+    def lossy(self) -> list[str]:
+        """What makes it less exact than the checkpoint, in words; empty if nothing does."""
+        k, own = self.experts_per_token, self.own_experts_per_token
+        weights = ", with the weights they have among all" if self.keeps_weights else ""
+        fewer = [f"{k} experts of {own} a token{weights}"] if k != own else []
+        return fewer + ([str(self.requantized)] if self.requantized else [])
 
     @property
     def pack_bytes(self) -> int:
@@ -54,6 +65,7 @@ def make_plan(skeleton: Skeleton, own_experts_per_token: int, bank_bytes: int = 
     layouts = {path: skeleton.layout(path) for path in skeleton.switches}
     counts = {path: skeleton.expert_count(path) for path in skeleton.switches}
     widest = max(layouts.values(), key=lambda layout: layout.nbytes)
+    manifest = skeleton.folder.manifest
     k = skeleton.experts_per_token
     slots = bank_slots(
         max(layout.stride for layout in layouts.values()), k, max(counts.values()), bank_bytes
@@ -72,6 +84,7 @@ def make_plan(skeleton: Skeleton, own_experts_per_token: int, bank_bytes: int = 
         bank_slots=slots,
         bank_bytes=slots * max(layout.stride for layout in layouts.values()),
         token_bytes=sum(k * layout.nbytes for layout in layouts.values()),
+        requantized=manifest.requantized if manifest else None,
     )
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,7 +27,7 @@ from flash_moe.experts.store import ExpertLayer, ExpertStore, Mode
 from flash_moe.experts.streamed import StreamedSwitch, Streamer
 from flash_moe.kernels.fused import make_kernels
 from flash_moe.kernels.runtime import Runtime, choose
-from flash_moe.model.take_over import heads, take_over
+from flash_moe.model.take_over import can_keep_weights, heads, take_over
 
 Progress = Callable[[int, int], None]
 
@@ -35,12 +35,19 @@ Progress = Callable[[int, int], None]
 LOAD_STEP_BYTES = 64 << 20
 
 
+# What the weights of experts are when fewer are used than the model was trained with: those among
+# all of them, or made to sum up to one again, as mlx-lm does it. Kept ones are better at four of
+# ten (backend/benchmarks/fewer-experts.md); `auto` keeps them where we know the formula.
+Weights = Literal["auto", "keep", "renormalise"]
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to run a model. `experts` changes results, `runtime` only their rounding; the rest
-    changes nothing but speed and memory."""
+    """How to run a model. `experts` and `weights` change results, `runtime` only their rounding;
+    the rest changes nothing but speed and memory."""
 
     experts: int | None = None
+    weights: Weights = "auto"
     runtime: str = "auto"
     bank_bytes: int = BANK_BYTES
     threads: int = DEFAULT_THREADS
@@ -116,12 +123,26 @@ def load(
     skeleton.replace(
         lambda number, switch: StreamedSwitch(streamer, number, switch, companions(switch))
     )
-    take_over(skeleton.model, streamer, runtime)
+    keep = _keeps_weights(skeleton.model, plan, settings.weights)
+    take_over(skeleton.model, streamer, runtime, own if keep else None)
     resident = list(skeleton.resident().values())
-    plan = replace(plan, resident_bytes=sum(array.nbytes for array in resident))
+    nbytes = sum(array.nbytes for array in resident)
+    plan = replace(plan, resident_bytes=nbytes, keeps_weights=keep)
     _materialise(resident, progress)
     seconds = time.perf_counter() - start
     return StreamedModel(skeleton.model, skeleton.config, path, plan, streamer, runtime, seconds)
+
+
+def _keeps_weights(model: nn.Module, plan: Plan, wanted: Weights) -> bool:
+    if plan.experts_per_token >= plan.own_experts_per_token or wanted == "renormalise":
+        return False
+    possible = can_keep_weights(model)
+    if wanted == "keep" and not possible:
+        raise OptionError(
+            f"weights=keep: not known how for {plan.architecture}. Choose renormalise, or leave "
+            "it out."
+        )
+    return possible
 
 
 def _require_computable(runtime: Runtime, layers: list[ExpertLayer]) -> None:

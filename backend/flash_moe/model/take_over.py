@@ -11,7 +11,7 @@ from mlx.utils import tree_unflatten
 
 from flash_moe.checkpoint.switches import parameters, set_module
 from flash_moe.errors import UnsupportedModel
-from flash_moe.experts.mixture import StreamedMixture
+from flash_moe.experts.mixture import PlainMixture, StreamedMixture
 from flash_moe.experts.streamed import StreamedSwitch, Streamer
 from flash_moe.kernels.gpu import MAX_CHOSEN, MAX_EXPERTS
 from flash_moe.kernels.linear import NativeLinear
@@ -22,11 +22,16 @@ from flash_moe.kernels.spec import GROUP_SIZES
 NARROWEST = 128
 
 
-def take_over(model: nn.Module, streamer: Streamer, runtime: Runtime) -> None:
-    """Replace modules of a model whose switch layers are streamed already; all still lazy."""
+def take_over(
+    model: nn.Module, streamer: Streamer, runtime: Runtime, routed: int | None = None
+) -> None:
+    """Replace modules of a model whose switch layers are streamed already; all still lazy. With
+    `routed`, experts have the weights that they have among so many."""
     for path, module in list(model.named_modules()):
-        if _is_mixture(module):
-            set_module(model, path, StreamedMixture(module, streamer))
+        if _is_block(module) and module.switch_mlp.fused and _fits(module, routed):
+            set_module(model, path, StreamedMixture(module, streamer, routed or module.top_k))
+        elif _is_block(module) and routed:
+            set_module(model, path, PlainMixture(module, streamer, routed))
         elif runtime.name == "native" and _is_quantized(module):
             set_module(model, path, NativeLinear(module, load_native()))
     if runtime.widen:
@@ -67,17 +72,25 @@ def refuse_narrow(model: nn.Module) -> None:
             )
 
 
-def _is_mixture(block: nn.Module) -> bool:
+def can_keep_weights(model: nn.Module) -> bool:
+    """Whether every mixture of a model is one that we know the formula of."""
+    switches = [path for path, m in model.named_modules() if isinstance(m, StreamedSwitch)]
+    blocks = [path for path, m in model.named_modules() if _is_block(m)]
+    return len(switches) == len(blocks)
+
+
+def _is_block(block: nn.Module) -> bool:
     from mlx_lm.models.qwen3_next import Qwen3NextSparseMoeBlock
 
     return (
         type(block) is Qwen3NextSparseMoeBlock
         and isinstance(block.switch_mlp, StreamedSwitch)
-        and block.switch_mlp.fused
         and block.sharding_group is None
-        and block.top_k <= MAX_CHOSEN
-        and block.num_experts <= MAX_EXPERTS
     )
+
+
+def _fits(block: nn.Module, routed: int | None) -> bool:
+    return (routed or block.top_k) <= MAX_CHOSEN and block.num_experts <= MAX_EXPERTS
 
 
 def _is_quantized(module: nn.Module) -> bool:
