@@ -13,13 +13,13 @@ import click
 import llm
 
 from llm_flash_moe.commands import flash_moe
-from llm_flash_moe.models import FlashMoE, known_models
+from llm_flash_moe.models import AsyncFlashMoE, FlashMoE, known_models
 
 
 @llm.hookimpl
 def register_models(register: Callable[..., None]) -> None:
     for name, entry in known_models().items():
-        register(FlashMoE(name, entry))
+        register(FlashMoE(name, entry), AsyncFlashMoE(name, entry))
 
 
 @llm.hookimpl

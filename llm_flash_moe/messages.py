@@ -17,6 +17,22 @@ def to_chat(prompt: llm.Prompt) -> list[dict[str, Any]]:
     return chat
 
 
+def to_tools(prompt: llm.Prompt) -> list[dict[str, Any]]:
+    """As templates and parsers of calls take them."""
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": tool.name,
+                "description": tool.description or "",
+                "parameters": tool.input_schema or {"type": "object", "properties": {}},
+            },
+        }
+        for tool in prompt.tools
+        if isinstance(tool, llm.Tool)
+    ]
+
+
 def _turns(message: Message) -> list[dict[str, Any]]:
     results = [part for part in message.parts if isinstance(part, ToolResultPart)]
     if results:

@@ -6,8 +6,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from hypothesis import settings
 
 from flash_moe.checkpoint.synth import Shape, synthesize
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # No matrix of 64 columns: MLX 0.32.4 on CUDA computes those wrongly.
 DEMO = Shape(layers=4, experts=8, experts_per_token=4, hidden=256, intermediate=128)

@@ -7,7 +7,7 @@ FlashMoeError
 ├── RegistryError        a model name that is unknown, taken or unusable
 ├── ReadFailed           the disk did not deliver an expert
 ├── NoSpace              the disk is too small, found before writing
-├── NativeUnavailable    the CPU kernels could not be compiled (in kernels.native_build)
+├── NativeUnavailable    a C library could not be compiled (in kernels.native_build)
 └── OptionError          a setting outside its range
 """
 

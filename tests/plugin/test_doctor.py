@@ -23,7 +23,7 @@ from flash_moe.measure.advice import cuda_advice, mend_import
 from flash_moe.measure.backend import Backends, find_backends
 from flash_moe.measure.machine import Nvidia, parse_driver, parse_smi, parse_vm_stat
 from flash_moe.model.load import Settings, load
-from llm_flash_moe.models import RUNTIMES
+from llm_flash_moe.options import RUNTIMES
 from tests.architectures import random_model, write_checkpoint
 from tests.plugin.terminal import LLM, environment, fails, llm, logged, works
 

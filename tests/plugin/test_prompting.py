@@ -167,7 +167,7 @@ def test_a_stop_ends_the_reply_and_is_not_given() -> None:
 
 def test_fewer_experts_are_mlx_lms_fewer_experts_and_said_to_be_lossy(demo_folder: Path) -> None:
     ask(*SHORT, "Hello")
-    reply = ask(*SHORT, "-o", "experts", 2, "Hello")
+    reply = ask(*SHORT, "-o", "experts", 2, "-o", "weights", "renormalise", "Hello")
     assert reply == reply_of_mlx_lm(demo_folder, [user("Hello")], 12, experts=2)
     own, fewer = (turn["response_json"] for turn in logged())
     assert (own["experts_per_token"], own["lossy"]) == (4, [])

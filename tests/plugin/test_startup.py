@@ -10,7 +10,7 @@ import pytest
 
 from tests.plugin.terminal import environment
 
-HEAVY = {"mlx", "mlx_lm", "transformers", "torch", "huggingface_hub"}
+HEAVY = {"mlx", "mlx_lm", "transformers", "torch", "huggingface_hub", "llguidance"}
 
 
 def imported(*arguments: str) -> set[str]:

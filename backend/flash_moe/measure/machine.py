@@ -39,8 +39,13 @@ def inspect_machine() -> Machine:
     memory, available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), _available()
     limits = [int(text) for path in MEMORY_LIMITS if (text := _text(path).strip()).isdecimal()]
     least = min([memory, *limits])
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return Machine(_cpu(), cores, least, None if available is None else min(least, available))
+    return Machine(
+        _cpu(), usable_cores(), least, None if available is None else min(least, available)
+    )
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def find_nvidia() -> Nvidia | None:

@@ -17,11 +17,17 @@ class Stats:
     """Filled while a reply is made; `finish_reason` is stop, length or cancelled at its end.
 
     io_seconds waits for the disk or page cache; readback_seconds waits for the router's choice,
-    and so for the computing that leads to it; compute_seconds is all the rest.
+    and so for the computing that leads to it; compute_seconds is all the rest. cached_tokens of the
+    prompt were computed for an earlier one; prompt_tokens_per_second counts only the others. Of the
+    tokens under a mask, the forced among them, allowed_mass is how much of the probability the
+    model itself had on what the mask allowed, the mean over those that it chose. `warning` is for
+    the user: something did not work, but the reply is what it would be.
     """
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     generated_tokens: int = 0
+    reasoning_tokens: int = 0
     finish_reason: str = "length"
     load_seconds: float = 0.0
     seconds_to_first_token: float = 0.0
@@ -33,10 +39,15 @@ class Stats:
     io_seconds: float = 0.0
     readback_seconds: float = 0.0
     compute_seconds: float = 0.0
+    constrained_tokens: int = 0
+    forced_tokens: int = 0
+    mask_seconds: float = 0.0
+    allowed_mass: float = 1.0
     peak_rss_bytes: int = 0
     experts_per_token: int = 0
     bits: str = ""
     runtime: str = ""
+    warning: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -46,10 +57,12 @@ class Stats:
 
     def summary(self) -> str:
         """Two lines for people."""
+        kept = f", {self.cached_tokens} of them kept" if self.cached_tokens else ""
         return (
-            f"{self.prompt_tokens} prompt tokens at {self.prompt_tokens_per_second:.1f}/s, first "
-            f"token after {self.seconds_to_first_token:.2f} s; {self.generated_tokens} tokens "
-            f"at {self.tokens_per_second:.1f}/s ({self.finish_reason}), {self.runtime} runtime\n"
+            f"{self.prompt_tokens} prompt tokens{kept} at {self.prompt_tokens_per_second:.1f}/s, "
+            f"first token after {self.seconds_to_first_token:.2f} s; "
+            f"{self.generated_tokens} tokens at {self.tokens_per_second:.1f}/s "
+            f"({self.finish_reason}), {self.runtime} runtime\n"
             f"{self.expert_bytes / 1e6:,.1f} MB of experts read at {self.gigabytes_per_second:.2f} "
             f"GB/s; I/O {self.io_seconds:.2f} s, read-back {self.readback_seconds:.2f} s, compute "
             f"{self.compute_seconds:.2f} s; peak memory {self.peak_rss_bytes / 1e6:,.0f} MB"
@@ -93,7 +106,8 @@ class StopWatch:
             stats.gigabytes_per_second = stats.expert_bytes / stats.io_seconds / 1e9
         if self._first is not None:
             stats.seconds_to_first_token = self._first - self._start
-            stats.prompt_tokens_per_second = stats.prompt_tokens / stats.seconds_to_first_token
+            read = stats.prompt_tokens - stats.cached_tokens
+            stats.prompt_tokens_per_second = read / stats.seconds_to_first_token
             if stats.generated_tokens > 1:
                 stats.tokens_per_second = (stats.generated_tokens - 1) / (now - self._first)
         stats.peak_rss_bytes = peak_rss()
