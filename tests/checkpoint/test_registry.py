@@ -192,19 +192,6 @@ def test_four_processes_at_once(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def as_user() -> Iterator[None]:
-    """Permissions mean nothing to root, so root steps down for a while."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-@pytest.fixture
 def read_only() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)

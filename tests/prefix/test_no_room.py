@@ -6,7 +6,6 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,27 +17,9 @@ from flash_moe.prefix import record
 from flash_moe.prefix.disk import KEEP_FREE
 from flash_moe.prefix.folder import file_name
 from flash_moe.prefix.store import PrefixStore
+from tests.conftest import stepped_down
 from tests.prefix.conversations import new_store, reply
 from tests.prefix.kept_files import ENDS, IDS, KEY, PROMPT, files, small, snapshots
-
-
-@contextmanager
-def stepped_down() -> Iterator[None]:
-    """Permissions mean nothing to root, so root steps down for a while."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-@pytest.fixture
-def as_user() -> Iterator[None]:
-    with stepped_down():
-        yield
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flash_moe.kernels.native_arrays import require, require_array
 from flash_moe.kernels.native_build import KERNELS, NativeUnavailable, build, find_compiler
 from flash_moe.kernels.spec import BITS, GROUP_SIZES, SCALE_TYPES, ExpertSpec, Matrix
 
@@ -68,16 +69,16 @@ def resident(
 ) -> Resident:
     """From the arrays of MLX's QuantizedLinear: weight uint32 [rows, columns * bits / 32]."""
     kind = SCALE_DTYPES.get(scales.dtype.name)
-    _check(kind is not None, f"scales are {scales.dtype}, not uint16 (bfloat16) or float")
-    _check(bits in RESIDENT_BITS, f"{bits} bits are not among {RESIDENT_BITS}")
-    _check(group_size in GROUP_SIZES, f"group size {group_size} is not among {GROUP_SIZES}")
-    _check(scales.ndim == 2, f"scales have {scales.ndim} dimensions, not 2")
+    require(kind is not None, f"scales are {scales.dtype}, not uint16 (bfloat16) or float")
+    require(bits in RESIDENT_BITS, f"{bits} bits are not among {RESIDENT_BITS}")
+    require(group_size in GROUP_SIZES, f"group size {group_size} is not among {GROUP_SIZES}")
+    require(scales.ndim == 2, f"scales have {scales.ndim} dimensions, not 2")
     rows, groups = scales.shape
     columns = groups * group_size
-    _check(rows > 0 and columns > 0, f"the matrix is empty: {rows} × {columns}")
-    weight = _array("weight", weight, np.uint32, (rows, columns * bits // 32))
-    scales = _array("scales", scales, scales.dtype, (rows, groups))
-    biases = _array("biases", biases, scales.dtype, (rows, groups))
+    require(rows > 0 and columns > 0, f"the matrix is empty: {rows} × {columns}")
+    weight = require_array("weight", weight, np.uint32, (rows, columns * bits // 32))
+    scales = require_array("scales", scales, scales.dtype, (rows, groups))
+    biases = require_array("biases", biases, scales.dtype, (rows, groups))
     parts = (weight, scales, biases)
     addresses = [part.ctypes.data for part in parts]
     kinds = SCALE_TYPES.index(kind or "")
@@ -107,7 +108,7 @@ class Native:
 
     @threads.setter
     def threads(self, count: int) -> None:
-        _check(1 <= count <= MOST_THREADS, f"{count} threads: not between 1 and {MOST_THREADS}")
+        require(1 <= count <= MOST_THREADS, f"{count} threads: not between 1 and {MOST_THREADS}")
         self._library.flash_set_threads(count)
 
     def experts(
@@ -135,18 +136,18 @@ class Native:
             there = max(0, (held.size - end) // spec.stride + 1) if held.size >= end else 0
             count = there if count is None else min(count, there)
         hidden = spec.hidden
-        slots = _array("slots", slots, np.uint32, (-1, -1))
+        slots = require_array("slots", slots, np.uint32, (-1, -1))
         tokens, k = slots.shape
-        x = _array("x", x, np.float32, (tokens, hidden))
+        x = require_array("x", x, np.float32, (tokens, hidden))
         if slots.size and count is not None and (largest := int(slots.max())) >= count:
             raise ValueError(f"slot {largest}: the bank has {count}")
         shape: tuple[int, ...] = (tokens, k, hidden)
         if weights is not None:
-            weights = _array("weights", weights, np.float32, (tokens, k))
+            weights = require_array("weights", weights, np.float32, (tokens, k))
             shape = (tokens, hidden)
         if base is not None:
-            _check(weights is not None, "base without weights: there is no sum to add it to")
-            base = _array("base", base, np.float32, (tokens, hidden))
+            require(weights is not None, "base without weights: there is no sum to add it to")
+            base = require_array("base", base, np.float32, (tokens, hidden))
         if not slots.size:
             return np.zeros(shape, np.float32) if base is None else base.copy()
         out = np.empty(shape, np.float32)
@@ -167,7 +168,7 @@ class Native:
 
     def matmul(self, matrix: Resident, x: F32) -> F32:
         """matrix · x for every row of x [..., columns]: float32 [..., rows]."""
-        x = _array("x", x, np.float32, (*x.shape[:-1], matrix.columns))
+        x = require_array("x", x, np.float32, (*x.shape[:-1], matrix.columns))
         out = np.empty((*x.shape[:-1], matrix.rows), np.float32)
         tokens = x.size // matrix.columns
         if tokens and self._library.flash_matmul(
@@ -179,9 +180,9 @@ class Native:
     def router(self, logits: F32, k: int, renormalise: bool) -> tuple[U32, F32]:
         """Softmax over all experts, and the k likeliest by falling logit, ties to the lowest id:
         uint32 ids and float32 weights, [tokens, k]. NaN ranks last and makes the weights NaN."""
-        logits = _array("logits", logits, np.float32, (-1, -1))
+        logits = require_array("logits", logits, np.float32, (-1, -1))
         tokens, n = logits.shape
-        _check(1 <= k <= n, f"{k} of {n} experts")
+        require(1 <= k <= n, f"{k} of {n} experts")
         ids = np.empty((tokens, k), np.uint32)
         weights = np.empty((tokens, k), np.float32)
         self._library.flash_router(
@@ -201,38 +202,23 @@ def _spec(spec: ExpertSpec) -> tuple[_Spec, int]:
     """The spec for C, and the bytes that a record takes."""
     gate, up, down = spec.gate, spec.up, spec.down
     like = (gate.rows, gate.columns)
-    _check(like == (up.rows, up.columns), "gate and up differ in shape")
-    _check(like == (down.columns, down.rows), "down does not lead back from gate and up")
+    require(like == (up.rows, up.columns), "gate and up differ in shape")
+    require(like == (down.columns, down.rows), "down does not lead back from gate and up")
     structs, ends = zip(*(_matrix(m) for m in (gate, up, down)), strict=True)
-    _check(max(ends) <= spec.stride, f"a record of {max(ends)} bytes in steps of {spec.stride}")
+    require(max(ends) <= spec.stride, f"a record of {max(ends)} bytes in steps of {spec.stride}")
     return _Spec(*structs, spec.stride), max(ends)
 
 
 def _matrix(m: Matrix) -> tuple[_Matrix, int]:
-    _check(m.bits in BITS, f"{m.bits} bits are not among {BITS}")
-    _check(m.group_size in GROUP_SIZES, f"group size {m.group_size} is not among {GROUP_SIZES}")
-    _check(m.scale_type in SCALE_TYPES, f"scales are {m.scale_type}, not of {SCALE_TYPES}")
+    require(m.bits in BITS, f"{m.bits} bits are not among {BITS}")
+    require(m.group_size in GROUP_SIZES, f"group size {m.group_size} is not among {GROUP_SIZES}")
+    require(m.scale_type in SCALE_TYPES, f"scales are {m.scale_type}, not of {SCALE_TYPES}")
     fits = m.rows > 0 and m.columns > 0 and m.columns % m.group_size == 0
-    _check(fits, f"{m.rows} × {m.columns} in groups of {m.group_size}")
-    _check(min(m.weight, m.scales, m.biases) >= 0, "a part begins before its record")
+    require(fits, f"{m.rows} × {m.columns} in groups of {m.group_size}")
+    require(min(m.weight, m.scales, m.biases) >= 0, "a part begins before its record")
     width = 4 if m.scale_type == "float32" else 2
     groups = m.rows * (m.columns // m.group_size) * width
     end = max(m.weight + m.rows * m.columns * m.bits // 8, m.scales + groups, m.biases + groups)
     kind = SCALE_TYPES.index(m.scale_type)
     numbers = (m.rows, m.columns, m.weight, m.scales, m.biases, m.bits, m.group_size, kind)
     return _Matrix(*numbers), end
-
-
-def _array(name: str, a: npt.NDArray[Any], dtype: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """`a`, if it is what C will take it for; -1 in `shape` is any length."""
-    if not isinstance(a, np.ndarray) or a.dtype != dtype:
-        raise ValueError(f"{name} is {getattr(a, 'dtype', type(a))}, not {np.dtype(dtype)}")
-    fits = len(shape) == a.ndim and all(n in (-1, m) for n, m in zip(shape, a.shape, strict=True))
-    if not fits:
-        raise ValueError(f"{name} has shape {list(a.shape)}, not {list(shape)}")
-    return a if a.flags.c_contiguous else np.ascontiguousarray(a)
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flash_moe.kernels.native_arrays import require, require_array
 from flash_moe.kernels.native_build import Library, build
 from flash_moe.kernels.spec import SCALE_TYPES
 from flash_moe.quant.cuts import table
@@ -93,20 +94,20 @@ class Fit:
         the (weighted) squared error, up to the rounding of scale and bias to their type; a bias is
         fitted to the scale that was rounded.
         """
-        _check(source_bits in SOURCE_BITS, f"source_bits={source_bits}: choose 3 or 4")
+        require(source_bits in SOURCE_BITS, f"source_bits={source_bits}: choose 3 or 4")
         known = source_group in SOURCE_GROUPS
-        _check(known, f"source_group={source_group} is not among {SOURCE_GROUPS}")
+        require(known, f"source_group={source_group} is not among {SOURCE_GROUPS}")
         _check_choice(bits, group_size)
-        _check(bits < source_bits, f"bits={bits} are not fewer than source_bits={source_bits}")
+        require(bits < source_bits, f"bits={bits} are not fewer than source_bits={source_bits}")
         found = [name for name, kind in STORED.items() if getattr(scales, "dtype", None) == kind]
-        _check(len(found) == 1, "scales are not uint16 (bfloat16), float16 or float32")
+        require(len(found) == 1, "scales are not uint16 (bfloat16), float16 or float32")
         kind = found[0]
-        _check(scales.ndim == 2, f"scales have {scales.ndim} dimensions, not 2")
+        require(scales.ndim == 2, f"scales have {scales.ndim} dimensions, not 2")
         rows, columns = len(scales), scales.shape[1] * source_group
-        weight = _array("weight", weight, np.uint32, (rows, columns * source_bits // 32))
-        biases = _array("biases", biases, STORED[kind], scales.shape)
+        weight = require_array("weight", weight, np.uint32, (rows, columns * source_bits // 32))
+        biases = require_array("biases", biases, STORED[kind], scales.shape)
         whole = columns % group_size == 0
-        _check(whole, f"there are {columns} columns: not whole groups of group_size={group_size}")
+        require(whole, f"there are {columns} columns: not whole groups of group_size={group_size}")
         # A larger group of the source is several, with the same scale.
         times = max(1, source_group // group_size)
         scales, biases = (
@@ -135,11 +136,13 @@ class Fit:
     ) -> Fitted:
         """The same for weights [rows, columns]: a good fit, not always the best one."""
         _check_choice(bits, group_size)
-        _check(scale_type in STORED, f"scale_type={scale_type!r} is not among {SCALE_TYPES}")
-        values = _array("values", values, np.float32, (-1, -1))
+        require(scale_type in STORED, f"scale_type={scale_type!r} is not among {SCALE_TYPES}")
+        values = require_array("values", values, np.float32, (-1, -1))
         rows, columns = values.shape
         whole = columns % group_size == 0
-        _check(whole, f"values have {columns} columns: not whole groups of group_size={group_size}")
+        require(
+            whole, f"values have {columns} columns: not whole groups of group_size={group_size}"
+        )
         job = _Fit(source=values.ctypes.data, parts=0)
         per_row = columns // group_size
         return self._run(job, rows, per_row, bits, group_size, scale_type, importance, threads)
@@ -156,11 +159,13 @@ class Fit:
         threads: int,
     ) -> Fitted:
         """Also keeps alive what `job` points to, but for the source."""
-        _check(1 <= threads <= MOST_THREADS, f"threads={threads}: not 1 to {MOST_THREADS}")
+        require(1 <= threads <= MOST_THREADS, f"threads={threads}: not 1 to {MOST_THREADS}")
         if importance is not None:
-            importance = _array("importance", importance, np.float32, (per_row * group_size,))
+            importance = require_array(
+                "importance", importance, np.float32, (per_row * group_size,)
+            )
             sound = bool(np.isfinite(importance).all() and (importance >= 0).all())
-            _check(sound, "importance has numbers that are negative or not finite")
+            require(sound, "importance has numbers that are negative or not finite")
             job.importance = importance.ctypes.data
         job.bins = CODE_BINS if job.parts == 1 else VALUE_BINS[bits]
         cuts = table(bits, job.bins)
@@ -189,20 +194,5 @@ def load_fit(extra_flags: tuple[str, ...] = ()) -> Fit:
 
 
 def _check_choice(bits: int, group_size: int) -> None:
-    _check(bits in BITS, f"bits={bits} are not among {BITS}")
-    _check(group_size in GROUP_SIZES, f"group_size={group_size} is not among {GROUP_SIZES}")
-
-
-def _array(name: str, a: npt.NDArray[Any], dtype: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """`a`, if it is what C will take it for; -1 in `shape` is any length."""
-    if not isinstance(a, np.ndarray) or a.dtype != dtype:
-        raise ValueError(f"{name} is {getattr(a, 'dtype', type(a))}, not {np.dtype(dtype)}")
-    fits = len(shape) == a.ndim and all(n in (-1, m) for n, m in zip(shape, a.shape, strict=True))
-    if not fits:
-        raise ValueError(f"{name} has shape {list(a.shape)}, not {list(shape)}")
-    return a if a.flags.c_contiguous else np.ascontiguousarray(a)
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+    require(bits in BITS, f"bits={bits} are not among {BITS}")
+    require(group_size in GROUP_SIZES, f"group_size={group_size} is not among {GROUP_SIZES}")
