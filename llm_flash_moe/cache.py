@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llm_flash_moe import places
+from llm_flash_moe.describe import size
 from llm_flash_moe.errors import shown
 
 if TYPE_CHECKING:
@@ -70,26 +71,22 @@ def _by_model(kept: Sequence[Entry], names: dict[str, str]) -> list[dict[str, An
 
 def _print(found: dict[str, Any]) -> None:
     if "freed_bytes" in found:
-        click.echo(f"Removed {_size(found['freed_bytes'])}.")
+        click.echo(f"Removed {size(found['freed_bytes'])}.")
     if not found["prompts"]:
         click.echo(f"No prompts are kept in {found['folder']}.")
         return
-    click.echo(f"{_count(found['prompts'])}, {_size(found['bytes'])}, in {found['folder']}")
+    click.echo(f"{_count(found['prompts'])}, {size(found['bytes'])}, in {found['folder']}")
     for line in found["models"]:
         click.echo(
             f"{line['model'] or line.get('path', 'a model that is not named')}  "
             f"K={line.get('experts_per_token')}, {line.get('bits')}, {line.get('runtime')}: "
             f"{_count(line['prompts'])} of up to {line['tokens']:,} tokens, "
-            f"{_size(line['bytes'])}, last used {line['last_use']}"
+            f"{size(line['bytes'])}, last used {line['last_use']}"
         )
 
 
 def _count(number: int) -> str:
     return f"{number} prompt{'' if number == 1 else 's'}"
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _time(seconds: float) -> str:

@@ -15,6 +15,7 @@ from flash_moe.checkpoint.manifest import requantized
 from flash_moe.checkpoint.registry import Entry
 from llm_flash_moe import places
 from llm_flash_moe.cache import cache
+from llm_flash_moe.describe import describe, describe_quantizing
 from llm_flash_moe.doctor import doctor
 from llm_flash_moe.errors import PluginError, shown
 from llm_flash_moe.evaluate import evaluate
@@ -56,7 +57,7 @@ def add(path: Path, name: str | None, experts: int | None) -> None:
         plan = _plan(path, experts)
         load_tokenizer(path)
         places.registry().add(name, Entry(str(path), experts))
-    click.echo(_describe(name, plan))
+    click.echo(describe(name, plan))
     click.echo(f'Ready: llm -m {name} "your prompt"')
 
 
@@ -112,8 +113,8 @@ def pack(
         registry.add(name, Entry(str(target), experts, managed=to is None))
         plan = _plan(target, None)
     if recast is not None and recast.spent.nbytes:
-        click.echo(_spent(recast))
-    click.echo(_describe(name, plan))
+        click.echo(describe_quantizing(recast))
+    click.echo(describe(name, plan))
     click.echo(f'Ready: llm -m {name} "your prompt"')
 
 
@@ -159,7 +160,7 @@ def info(name: str, verify: bool, as_json: bool) -> None:
         found = {"name": name, "path": entry.path, **plan.to_json(), **checked}
         click.echo(json.dumps(found, indent=2))
     else:
-        click.echo(_describe(name, plan))
+        click.echo(describe(name, plan))
         click.echo(f"Folder: {entry.path}")
         for fault in faults or ():
             click.echo(fault, err=True)
@@ -262,18 +263,6 @@ def _recast(bits: str | None, group_size: str | None, method: str | None) -> Rec
     return make_recast(int(bits), int(group_size or 64), method or "fit")
 
 
-def _spent(recast: Recast) -> str:
-    from flash_moe.measure.stats import peak_rss
-
-    spent = recast.spent
-    return (
-        f"Quantized {_size(spent.nbytes)} of experts ({recast.method}) at "
-        f"{spent.nbytes / spent.cpu_seconds / 1e9:.2g} GB/s a core, "
-        f"{spent.nbytes / spent.seconds / 1e9:.2g} GB/s in all; "
-        f"peak memory {_size(peak_rss())}"
-    )
-
-
 def _plan(path: Path, experts: int | None) -> Plan:
     from flash_moe.checkpoint.folder import experts_per_token, open_folder
     from flash_moe.checkpoint.plan import make_plan
@@ -285,27 +274,6 @@ def _plan(path: Path, experts: int | None) -> Plan:
     skeleton = open_skeleton(folder, experts)
     skeleton.layers()
     return make_plan(skeleton, experts_per_token(folder.config) or 1)
-
-
-def _describe(name: str, plan: Plan) -> str:
-    own = plan.own_experts_per_token
-    k = f"{plan.experts_per_token} a token"
-    if plan.experts_per_token != own:
-        k += f" (fewer than the model's own {own}: faster, less exact)"
-    changed = f"  less exact: {plan.requantized}\n" if plan.requantized else ""
-    return (
-        f"{name}: {plan.architecture}, {plan.bits}, {plan.form}\n"
-        f"  experts   {plan.experts} in each of {plan.layers} layers, {k}\n"
-        f"{changed}"
-        f"  on disk   {_size(plan.expert_bytes)} of experts, {_size(plan.record_bytes)} each\n"
-        f"  in memory {_size(plan.resident_bytes)} of weights, {_size(plan.bank_bytes)} bank\n"
-        f"  a token   reads up to {_size(plan.token_bytes)}: at 5 GB/s and nothing cached "
-        f"{plan.tokens_per_second(5e9):,.1f} tokens/s at most"
-    )
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _faults(path: Path) -> list[str]:
