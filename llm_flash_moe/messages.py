@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import llm
-from llm.parts import Message, ReasoningPart, TextPart, ToolCallPart, ToolResultPart
+from llm.parts import AttachmentPart, Message, ReasoningPart, TextPart, ToolCallPart, ToolResultPart
+
+from llm_flash_moe.errors import PluginError
 
 
 def to_chat(prompt: llm.Prompt) -> list[dict[str, Any]]:
@@ -34,6 +36,9 @@ def to_tools(prompt: llm.Prompt) -> list[dict[str, Any]]:
 
 
 def _turns(message: Message) -> list[dict[str, Any]]:
+    # llm 0.32 looks for them only outside of conversations, and its prompts are conversations.
+    if any(isinstance(part, AttachmentPart) for part in message.parts):
+        raise PluginError("These models take text alone: leave the attachment out.")
     results = [part for part in message.parts if isinstance(part, ToolResultPart)]
     if results:
         return [

@@ -113,7 +113,7 @@ def test_logs_show_what_was_said() -> None:
     ask("-o", "thinking", 1, "What is 468 + 357?")
     shown = works("logs", "-n", 1).stdout
     assert "468 + 357 = 825." in shown
-    assert "<details>" in shown
+    assert "write 5, carry 1" in shown
 
 
 def test_sqlite_holds_the_turn_and_nothing_the_user_did_not_set(llm_home: Path) -> None:
