@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flash_moe.built_in import MODELS
-from flash_moe.checkpoint.manifest import requantized
 from flash_moe.checkpoint.registry import Entry
 from llm_flash_moe import places
 from llm_flash_moe.cache import cache
@@ -122,6 +121,8 @@ def pack(
 @AS_JSON
 def models(as_json: bool) -> None:
     """List the models: built in, added, packed or made here."""
+    from flash_moe.checkpoint.manifest import requantized
+
     with shown():
         entries = places.registry().entries()
     if as_json:
@@ -139,6 +140,8 @@ def models(as_json: bool) -> None:
 
 
 def _listed(entry: Entry) -> dict[str, Any]:
+    from flash_moe.checkpoint.manifest import requantized
+
     made = requantized(Path(entry.path))
     changed = {"requantized": asdict(made)} if made else {}
     return {"path": entry.path, "experts": entry.experts, **changed}

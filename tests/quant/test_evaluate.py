@@ -28,6 +28,8 @@ from flash_moe.quant.routing import Routing, entropy
 from tests.plugin.terminal import fails, llm, logged, works
 from tests.quant.data import DIALOGUES, TEXTS, write_data
 
+FEWER = "2 experts of 4 a token, with the weights they have among all"
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -234,7 +236,7 @@ def test_the_command(demo_folder: Path, data: Path, tmp_path: Path) -> None:
     assert first == again
     assert {**by_folder, "model": "demo"} == first
     assert (first["experts_per_token"], first["bits"], first["items"]) == (4, "4-bit", 9)
-    assert (first["lossy"], fewer["lossy"]) == ([], ["2 experts of 4 a token"])
+    assert (first["lossy"], fewer["lossy"]) == ([], [FEWER])
     assert first["text"]["perplexity"] != fewer["text"]["perplexity"]
     assert first["text"]["bits_per_byte"] > 0
 
@@ -267,7 +269,7 @@ def test_fewer_bits_are_named_everywhere(demo_folder: Path, data: Path) -> None:
     assert listed["requantized"] == info["requantized"] == expected
     works("-m", "demo-2bit", "-o", "max_tokens", 3, "-o", "experts", 2, "Hello")
     (turn,) = logged()
-    assert turn["response_json"]["lossy"] == ["2 experts of 4 a token", said]
+    assert turn["response_json"]["lossy"] == [FEWER, said]
     ask = ("--data", data, "--only", "text", "--json")
     assert json.loads(works("flash-moe", "eval", "demo-2bit", *ask).stdout)["lossy"] == [said]
 
