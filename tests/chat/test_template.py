@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from flash_moe.built_in import FOLDER
 from flash_moe.chat.template import Template
+from flash_moe.chat.tokenizer import load_tokenizer
 from flash_moe.checkpoint.synth_tokenizer import TEMPLATE
 from flash_moe.errors import CheckpointError, OptionError
 
 Message = dict[str, Any]
+GOLDEN = Path(__file__).parents[1] / "golden" / "conversations.json"
 SPECIAL = {"bos_token": "<B>", "eos_token": "<E>"}
 SYNTHETIC = Template(TEMPLATE, SPECIAL)
 
@@ -88,6 +92,19 @@ def test_any_conversation_renders_as_in_transformers(
     rendered = Template(source, SPECIAL).render(chat, **variables)
     assert rendered == as_in_transformers(source, chat, **variables)
     assert chat == before
+
+
+@pytest.mark.parametrize("number", range(30))
+def test_golden_conversations_are_rendered_to_the_byte(number: int) -> None:
+    """As transformers rendered them once: tests/golden/make_conversations.py."""
+    golden = json.loads(GOLDEN.read_text("utf-8"))[number]
+    tokenizer = load_tokenizer(FOLDER)
+    variables = {key: golden[key] for key in ("tools", "enable_thinking")}
+    text = tokenizer.render_chat(
+        golden["messages"], add_generation_prompt=not golden["finished"], **variables
+    )
+    assert text.encode() == golden["text"].encode()
+    assert tokenizer.encode_rendered(text) == golden["ids"]
 
 
 def test_a_checkpoint_gives_the_token_ids_of_transformers(demo_folder: Path) -> None:
