@@ -46,6 +46,7 @@ SHARES = {
     default="auto",
     help="Weights of fewer experts, as -o weights",
 )
+@click.option("--constrained", is_flag=True, help="Hold JSON to its schema and calls to the tools")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON")
 def evaluate(
     name: str,
@@ -56,13 +57,14 @@ def evaluate(
     routing: Path | None,
     runtime: str,
     weights: Weights,
+    constrained: bool,
     as_json: bool,
 ) -> None:
     """Measure how good a model is, on texts and dialogues that it never saw.
 
     NAME is a model's name or a checkpoint's folder. Texts and right replies are given word by word
-    and the model's surprise is counted (perplexity); then it replies itself, greedily and free of
-    constraints, and the replies are judged.
+    and the model's surprise is counted (perplexity); then it replies itself, greedily and, without
+    --constrained, free of grammars, and the replies are judged.
     """
     from flash_moe.built_in import HELD_OUT
     from flash_moe.checkpoint.atomic import write_json
@@ -76,10 +78,11 @@ def evaluate(
         engine = _load(path, Settings(experts=experts or own, runtime=runtime, weights=weights))
         try:
             with item_bar(f"Measuring {name}", len(held_out)) as progress:
-                found = measuring.evaluate(engine, held_out, progress)
+                found = measuring.evaluate(engine, held_out, progress, constrained=constrained)
         finally:
             engine.close()
-        about = {**_about(name, path, engine), "data": str(held_out.folder), "limit": limit}
+        asked = {"data": str(held_out.folder), "limit": limit, "constrained": constrained}
+        about = {**_about(name, path, engine), **asked}
         if routing:
             write_json(routing.expanduser(), {**about, **found.routing.to_json()})
     result = {**about, **found.to_json()}
@@ -118,6 +121,7 @@ def _print(result: dict[str, Any]) -> None:
     click.echo(
         f"{result['model']}: {result['architecture']}, {result['bits']}, "
         f"{result['experts_per_token']} experts a token, {result['runtime']} runtime"
+        + (", constrained" if result["constrained"] else "")
     )
     for lossy in result["lossy"]:
         click.echo(f"  less exact: {lossy}")

@@ -223,6 +223,25 @@ def test_limits_and_sections(data: Path) -> None:
     assert [d.kind for d in read_held_out(data, ["json"]).dialogues] == ["json"]
 
 
+def test_with_a_grammar_noise_is_valid(tmp_path: Path, demo_folder: Path) -> None:
+    """What a random model says is no JSON; held to a schema without room for endless numbers, it
+    is, and as the schema wants it."""
+    small = {"type": "object", "properties": {"n": {"enum": [3, 4]}}, "required": ["n"]}
+    [asked] = [dialogue for dialogue in DIALOGUES if dialogue["kind"] == "json"][:1]
+    data = write_data(tmp_path / "data")
+    line = {**asked, "check": {"json": {"n": 3}, "schema": small}}
+    (data / "dialogues.jsonl").write_text(json.dumps(line) + "\n")
+    ask = ("--data", data, "--only", "json", "--json")
+    free, held = (
+        json.loads(works("flash-moe", "eval", demo_folder, *ask, *more).stdout)
+        for more in ((), ("--constrained",))
+    )
+    assert (free["constrained"], held["constrained"]) == (False, True)
+    assert free["json"]["valid"]["share"] == 0
+    assert held["json"]["valid"]["share"] == held["json"]["schema"]["share"] == 1
+    assert free["replies"] == held["replies"]
+
+
 def test_the_command(demo_folder: Path, data: Path, tmp_path: Path) -> None:
     """By name and by folder, twice the same; with another K, and with fewer bits."""
     works("flash-moe", "add", demo_folder, "--name", "demo")

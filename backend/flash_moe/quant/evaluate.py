@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from flash_moe.chat.grammar import Grammar
 from flash_moe.chat.tool_calls import ToolFormat, tool_format
 from flash_moe.engine import Engine
 from flash_moe.errors import OptionError
@@ -64,9 +65,14 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Engine, held_out: HeldOut, progress: Callable[[int], None] = lambda items: None
+    engine: Engine,
+    held_out: HeldOut,
+    progress: Callable[[int], None] = lambda items: None,
+    *,
+    constrained: bool = False,
 ) -> Evaluation:
-    """Measure everything in `held_out`; `progress` is told of every item that is done."""
+    """Measure everything in `held_out`; `progress` is told of every item that is done.
+    `constrained` holds replies to the schema that they are judged by, and calls to the tools."""
     start = time.perf_counter()
     form = tool_format(engine.model.path, engine.tokenizer) if held_out.dialogues else None
     found = Evaluation(held_out, Routing(engine.model.streamer))
@@ -76,31 +82,48 @@ def evaluate(
         found.texts.setdefault(text.source, Surprise()).add(*measured)
         progress(1)
     for dialogue in held_out.dialogues:
-        _measure(engine, dialogue, form, found)
+        _measure(engine, dialogue, form, found, constrained)
         progress(1)
     found.seconds = time.perf_counter() - start
     return found
 
 
 def _measure(
-    engine: Engine, dialogue: Dialogue, form: ToolFormat | None, found: Evaluation
+    engine: Engine,
+    dialogue: Dialogue,
+    form: ToolFormat | None,
+    found: Evaluation,
+    constrained: bool,
 ) -> None:
     with found.routing.watching():
         prompt, reply = expected(engine, dialogue)
         nats = token_nats(engine.model, engine.tokenizer, [*prompt, *reply], len(prompt))
     found.replies.setdefault(dialogue.kind, Surprise()).add(nats, len(reply))
-    text = answer(*greedy(engine, dialogue))
+    grammar = _grammar(engine, dialogue, form) if constrained else None
+    text = answer(*greedy(engine, dialogue, grammar))
     found.verdicts.append((dialogue, judge(text, dialogue.check, dialogue.tools, form)))
 
 
-def greedy(engine: Engine, dialogue: Dialogue) -> tuple[str, str]:
+def _grammar(engine: Engine, dialogue: Dialogue, form: ToolFormat | None) -> Grammar | None:
+    if "schema" in dialogue.check:
+        return Grammar.for_schema(engine.tokenizer, dialogue.check["schema"])
+    if dialogue.tools:
+        return Grammar.for_tools(engine.tokenizer, dialogue.tools, form)
+    return None
+
+
+def greedy(engine: Engine, dialogue: Dialogue, grammar: Grammar | None = None) -> tuple[str, str]:
     """What the model replies, and the end of the prompt it replies to.
 
     With special tokens, since some formats of tool calls are made of them.
     """
     prompt = engine.tokenizer.encode_chat(dialogue.messages, **_variables(dialogue))
     reply = Generation(
-        engine.model, prompt, max_tokens=MAX_TOKENS, stop_tokens=engine.tokenizer.stop_tokens
+        engine.model,
+        prompt,
+        max_tokens=MAX_TOKENS,
+        stop_tokens=engine.tokenizer.stop_tokens,
+        constraint=None if grammar is None else grammar.constraint(prompt),
     )
     decode = engine.tokenizer.tokenizer.decode
     return decode(list(reply), skip_special_tokens=False), decode(prompt, skip_special_tokens=False)
