@@ -118,7 +118,7 @@ def test_the_right_reply_is_what_the_template_adds(engine: Engine, data: Path) -
 def test_a_model_that_replies_rightly_gets_full_marks(
     engine: Engine, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def told(engine: Engine, dialogue: Any) -> tuple[str, str]:
+    def told(engine: Engine, dialogue: Any, grammar: None) -> tuple[str, str]:
         prompt, reply = expected(engine, dialogue)
         decode = engine.tokenizer.tokenizer.decode
         text = decode(reply, skip_special_tokens=False).removesuffix("<|im_end|>")
