@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Cancelled = Callable[[], bool]
 Work = Callable[["Engine", Cancelled], Iterator[T]]
-Key = tuple[Path, int | None, str, str]  # folder, K, runtime, weights
+Key = tuple[Path, tuple[tuple[str, Any], ...]]  # folder, what it is loaded with
 
 WAIT_SECONDS = 0.02
 
@@ -111,12 +111,11 @@ def _engine(key: Key) -> Engine:
         if mend := find_backends().mend:
             warn(f"MLX is not using the back end that was installed for it. To mend that: {mend}")
         _close()
-        path, experts, runtime, weights = key
+        path, chosen = key
         loading = StatusLine("loading", " bytes")
         try:
-            settings = Settings(experts=experts, runtime=runtime, weights=cast(Any, weights))
             kept = PrefixSettings(folder=cache.folder())
-            _loaded[key] = Engine.load(path, settings, loading.update, kept)
+            _loaded[key] = Engine.load(path, Settings(**dict(chosen)), loading.update, kept)
         finally:
             loading.clear()
     return _loaded[key]

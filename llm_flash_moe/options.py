@@ -16,6 +16,9 @@ RUNTIMES = ("auto", "metal", "cuda", "native", "mlx")
 
 WEIGHTS = ("keep", "renormalise")
 
+# What a model is loaded with, by the names that flash_moe.model.load.Settings has for it.
+SETTINGS = ("experts", "weights", "runtime")
+
 OPTION_NAMES = (
     "temperature",
     "top_p",
@@ -119,6 +122,12 @@ class ModelOptions(llm.Options):
         except FlashMoeError as error:
             raise ValueError(str(error)) from error
         return value
+
+    def settings(self, own: int | None = None) -> tuple[tuple[str, Any], ...]:
+        """Those that are set, or the model's `own` number of experts."""
+        chosen = {name: getattr(self, name) for name in SETTINGS}
+        chosen["experts"] = chosen["experts"] or own
+        return tuple((name, value) for name, value in chosen.items() if value is not None)
 
     def sampling(self) -> Sampling:
         return Sampling(**{name: getattr(self, name) for name in OPTION_NAMES})

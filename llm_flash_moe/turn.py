@@ -44,13 +44,7 @@ class Turn:
         self._reply: Reply | None = None
         self._engine: Engine | None = None
         self._prefill = StatusLine("reading the prompt", " tokens")
-        options = self._options
-        self.key: Key = (
-            folder(name, entry),
-            options.experts or entry.experts,
-            options.runtime or "auto",
-            options.weights or "auto",
-        )
+        self.key: Key = (folder(name, entry), self._options.settings(entry.experts))
 
     def work(self, interrupted: Callable[[], bool] = lambda: False) -> Work[Event]:
         def events(engine: Engine, cancelled: Callable[[], bool]) -> Iterator[Event]:
