@@ -17,7 +17,8 @@ RUNTIMES = ("auto", "metal", "cuda", "native", "mlx")
 WEIGHTS = ("keep", "renormalise")
 
 # What a model is loaded with, by the names that flash_moe.model.load.Settings has for it.
-SETTINGS = ("experts", "weights", "runtime")
+SETTINGS = ("experts", "weights", "skip_below", "prefer_cached", "whole", "whole_in", "runtime")
+OCCASIONS = ("prompt", "grammar")
 
 OPTION_NAMES = (
     "temperature",
@@ -63,6 +64,24 @@ class ModelOptions(llm.Options):
         description="Weights of fewer experts: keep (the default, where known) those they have "
         "among all, or renormalise, as mlx-lm does",
     )
+    skip_below: float | None = Field(
+        None, description="Leave out experts, but a token's first, of a smaller weight: 0 to 1"
+    )
+    prefer_cached: float | None = Field(
+        None,
+        description="In replies, take a cached expert instead of one that is up to this much "
+        "likelier: 0 to 1. Such replies cannot be repeated",
+    )
+    whole: int | None = Field(
+        None,
+        description="Of a pack in two planes: experts of a token that are read with all bits, the "
+        "weightiest; the others with 2 (all)",
+    )
+    whole_in: str | None = Field(
+        None,
+        description="With whole: where all experts have all bits: prompt, grammar (what is held "
+        "to one), or both: prompt,grammar",
+    )
     runtime: str | None = Field(
         None,
         description=f"Code that computes the experts: {', '.join(RUNTIMES)}. auto takes the "
@@ -80,11 +99,25 @@ class ModelOptions(llm.Options):
             raise ValueError("choose 1 or more")
         return value
 
-    @field_validator("thinking_budget", "logprobs")
+    @field_validator("thinking_budget", "logprobs", "whole")
     @classmethod
     def _not_negative(cls, value: int | None) -> int | None:
         if value is not None and value < 0:
             raise ValueError("choose 0 or more")
+        return value
+
+    @field_validator("skip_below", "prefer_cached")
+    @classmethod
+    def _share(cls, value: float | None) -> float | None:
+        if value is not None and not 0 <= value < 1:
+            raise ValueError("choose 0 or more, and less than 1")
+        return value
+
+    @field_validator("whole_in")
+    @classmethod
+    def _occasions(cls, value: str | None) -> str | None:
+        if value is not None and set(value.split(",")) - set(OCCASIONS):
+            raise ValueError(f"choose {' or '.join(OCCASIONS)}, or both with a comma")
         return value
 
     @field_validator("stop")
@@ -127,6 +160,8 @@ class ModelOptions(llm.Options):
         """Those that are set, or the model's `own` number of experts."""
         chosen = {name: getattr(self, name) for name in SETTINGS}
         chosen["experts"] = chosen["experts"] or own
+        if self.whole_in is not None:
+            chosen["whole_in"] = tuple(self.whole_in.split(","))
         return tuple((name, value) for name, value in chosen.items() if value is not None)
 
     def sampling(self) -> Sampling:

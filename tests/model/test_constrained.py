@@ -168,6 +168,7 @@ class OneByOne:
 
     finished = property(lambda self: self._constraint.finished)
     complete = property(lambda self: self._constraint.complete)
+    holds = property(lambda self: self._constraint.holds)
 
     def forced(self) -> list[int]:
         return []

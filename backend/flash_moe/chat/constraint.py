@@ -30,6 +30,10 @@ class Constraint(Protocol):
     def complete(self) -> bool:
         """Whether what was said so far is whole: it could end here."""
 
+    @property
+    def holds(self) -> bool:
+        """Whether not every token may come next."""
+
     def mask(self) -> Mask | None:
         """The tokens that may come next; None where every token may. Changes nothing."""
 
@@ -45,6 +49,7 @@ class Free:
 
     finished = False
     complete = True
+    holds = False
 
     def mask(self) -> Mask | None:
         return None
@@ -58,6 +63,8 @@ class Free:
 
 class Matching:
     """Held to a grammar from the first token to the last."""
+
+    holds = True
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
@@ -112,6 +119,10 @@ class Calling:
     @property
     def complete(self) -> bool:
         return self._call is None and not self._at_once
+
+    @property
+    def holds(self) -> bool:
+        return self._call is not None
 
     def mask(self) -> Mask | None:
         return None if self._call is None else self._call.mask()
@@ -169,6 +180,10 @@ class Thinking:
     @property
     def complete(self) -> bool:
         return not self._inside and not self._queue and self._answer.complete
+
+    @property
+    def holds(self) -> bool:
+        return not self._inside and not self._queue and self._answer.holds
 
     def mask(self) -> Mask | None:
         return None if self._inside or self._queue else self._answer.mask()

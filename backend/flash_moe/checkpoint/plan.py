@@ -10,6 +10,7 @@ from typing import Any
 
 from flash_moe.checkpoint.manifest import Requantized
 from flash_moe.checkpoint.skeleton import Skeleton
+from flash_moe.experts.choice import Choice
 
 # The working set, both lanes. 256 MB are 64 experts of the 397B at 2 bits; a lane then serves
 # any K up to 32 at once, and prefill reads and computes in groups large enough for 1 MiB reads.
@@ -32,15 +33,15 @@ class Plan:
     bank_bytes: int
     token_bytes: int
     requantized: Requantized | None = None
-    keeps_weights: bool = False
+    choice: Choice | None = None
 
     @property
     def lossy(self) -> list[str]:
         """What makes it less exact than the checkpoint, in words; empty if nothing does."""
-        k, own = self.experts_per_token, self.own_experts_per_token
-        weights = ", with the weights they have among all" if self.keeps_weights else ""
-        fewer = [f"{k} experts of {own} a token{weights}"] if k != own else []
-        return fewer + ([str(self.requantized)] if self.requantized else [])
+        k = self.experts_per_token
+        choice = self.choice or Choice(k, k, renormalise=False)
+        made = [str(self.requantized)] if self.requantized else []
+        return choice.lossy(self.own_experts_per_token) + made
 
     @property
     def pack_bytes(self) -> int:

@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from flash_moe.experts.bank import Bank, Lane
+from flash_moe.experts.choice import Occasion, Whole
 from flash_moe.experts.covered import expert_spec
 from flash_moe.experts.layout import Layout
 from flash_moe.experts.reader import Reader, Target
@@ -42,6 +43,8 @@ class Streamer:
     fence_seconds: float = 0.0
     # Experts asked for in one layer of one call, at most: what a bigger bank would serve at once.
     widest: int = field(default=0)
+    # What is being computed: some choices of experts depend on it.
+    occasion: Occasion = "prompt"
     # Told of the experts that every layer's router chose, while somebody counts them.
     watch: Callable[[int, U32], None] | None = None
 
@@ -90,11 +93,15 @@ class StreamedSwitch(nn.Module):
             self[name] = module
 
     @property
+    def layer(self) -> int:
+        return int(self._layer)
+
+    @property
     def fused(self) -> bool:
         """Whether kernels compute this layer, rather than MLX's operations."""
         return self._spec is not None
 
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, indices: mx.array, whole: Whole = None) -> mx.array:
         chosen = self._streamer.read_back(indices)
         experts, slots = self._slots(chosen)
         if not self.fused and self._fit(experts):
@@ -108,7 +115,14 @@ class StreamedSwitch(nn.Module):
             rows = rows[mx.array(place)]
         return rows.reshape(*chosen.shape, rows.shape[-1])
 
-    def mixture(self, x: mx.array, chosen: U32, weights: mx.array, extras: Extras) -> mx.array:
+    def mixture(
+        self,
+        x: mx.array,
+        chosen: U32,
+        weights: mx.array,
+        extras: Extras,
+        whole: Whole = None,
+    ) -> mx.array:
         """The weighted sum of the experts chosen for x [tokens, hidden], and extras: by kernels."""
         kernels: Kernels = self._streamer.kernels
         experts, slots = self._slots(chosen)

@@ -16,6 +16,7 @@ import numpy as np
 
 from flash_moe.chat.constraint import Constraint
 from flash_moe.errors import OptionError
+from flash_moe.experts.choice import Occasion
 from flash_moe.measure.stats import StopWatch
 from flash_moe.model.guide import Guide
 from flash_moe.model.load import StreamedModel
@@ -137,6 +138,7 @@ class Generation:
     def _advance(self, prefill: Prefill) -> bool:
         """Read the prompt chunk by chunk; False if that was cancelled."""
         total, start = len(self._prompt), prefill.cached
+        self._model.streamer.occasion = "prompt"
         for end in prefill.ends:
             if self._cancelled():
                 return False
@@ -148,8 +150,14 @@ class Generation:
         self._progress(total, total)
         return True
 
+    def _occasion(self, computed: int) -> Occasion:
+        if computed < len(self._prompt):
+            return "prompt"
+        return "grammar" if self._guide.holds else "reply"
+
     def _next(self, tokens: list[int], computed: int, cache: list[Any]) -> int:
         """The token after all of `tokens`, of which the first `computed` are in the cache."""
+        self._model.streamer.occasion = self._occasion(computed)
         while len(tokens) - computed > self._chunk:
             part = tokens[computed : computed + self._chunk]
             self._model.advance(mx.array(part)[None], cache)

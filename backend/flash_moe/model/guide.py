@@ -33,6 +33,11 @@ class Guide:
     def finished(self) -> bool:
         return self._constraint is not None and self._constraint.finished
 
+    @property
+    def holds(self) -> bool:
+        """Whether the next token has a mask."""
+        return self._constraint is not None and self._constraint.holds
+
     def forced(self, room: int) -> list[int]:
         """All tokens that have no alternative now, at most `room`, accepted."""
         tokens: list[int] = []

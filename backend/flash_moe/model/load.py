@@ -22,12 +22,13 @@ from flash_moe.checkpoint.skeleton import open_skeleton
 from flash_moe.checkpoint.switches import companions
 from flash_moe.errors import FlashMoeError, OptionError
 from flash_moe.experts.bank import Bank
+from flash_moe.experts.choice import Choice, Occasion
 from flash_moe.experts.reader import DEFAULT_CHUNK, DEFAULT_THREADS, Reader
 from flash_moe.experts.store import ExpertLayer, ExpertStore, Mode
 from flash_moe.experts.streamed import StreamedSwitch, Streamer
 from flash_moe.kernels.fused import make_kernels
 from flash_moe.kernels.runtime import Runtime, choose
-from flash_moe.model.take_over import can_keep_weights, heads, take_over
+from flash_moe.model.take_over import heads, knows_formula, renormalises, take_over
 
 Progress = Callable[[int, int], None]
 
@@ -43,11 +44,15 @@ Weights = Literal["auto", "keep", "renormalise"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to run a model. `experts` and `weights` change results, `runtime` only their rounding;
-    the rest changes nothing but speed and memory."""
+    """How to run a model. `experts` to `whole_in` change results (flash_moe.experts.choice says
+    how), `runtime` only their rounding; the rest changes nothing but speed and memory."""
 
     experts: int | None = None
     weights: Weights = "auto"
+    skip_below: float = 0.0
+    prefer_cached: float = 0.0
+    whole: int | None = None
+    whole_in: tuple[Occasion, ...] = ()
     runtime: str = "auto"
     bank_bytes: int = BANK_BYTES
     threads: int = DEFAULT_THREADS
@@ -123,26 +128,40 @@ def load(
     skeleton.replace(
         lambda number, switch: StreamedSwitch(streamer, number, switch, companions(switch))
     )
-    keep = _keeps_weights(skeleton.model, plan, settings.weights)
-    take_over(skeleton.model, streamer, runtime, own if keep else None)
+    choice = _choice(skeleton.model, plan, settings)
+    take_over(skeleton.model, streamer, runtime, choice)
     resident = list(skeleton.resident().values())
     nbytes = sum(array.nbytes for array in resident)
-    plan = replace(plan, resident_bytes=nbytes, keeps_weights=keep)
+    plan = replace(plan, resident_bytes=nbytes, choice=choice)
     _materialise(resident, progress)
     seconds = time.perf_counter() - start
     return StreamedModel(skeleton.model, skeleton.config, path, plan, streamer, runtime, seconds)
 
 
-def _keeps_weights(model: nn.Module, plan: Plan, wanted: Weights) -> bool:
-    if plan.experts_per_token >= plan.own_experts_per_token or wanted == "renormalise":
-        return False
-    possible = can_keep_weights(model)
-    if wanted == "keep" and not possible:
+def _choice(model: nn.Module, plan: Plan, settings: Settings) -> Choice:
+    """As asked, where we know the formula of every mixture; elsewhere the block's own alone."""
+    k, own, known = plan.experts_per_token, plan.own_experts_per_token, knows_formula(model)
+    asked = {
+        "weights=keep": settings.weights == "keep" and k < own,
+        "skip_below": settings.skip_below > 0,
+        "prefer_cached": settings.prefer_cached > 0,
+        "whole": settings.whole is not None,
+    }
+    if not known and (wanted := [name for name, yes in asked.items() if yes]):
         raise OptionError(
-            f"weights=keep: not known how for {plan.architecture}. Choose renormalise, or leave "
-            "it out."
+            f"{wanted[0]}: not known how for {plan.architecture}, whose router we do not "
+            "compute. Leave it out."
         )
-    return possible
+    keep = known and k < own and settings.weights != "renormalise"
+    return Choice(
+        k,
+        own if keep else k,
+        renormalises(model),
+        settings.skip_below,
+        settings.prefer_cached,
+        settings.whole,
+        settings.whole_in,
+    )
 
 
 def _require_computable(runtime: Runtime, layers: list[ExpertLayer]) -> None:

@@ -11,6 +11,7 @@ from mlx.utils import tree_unflatten
 
 from flash_moe.checkpoint.switches import parameters, set_module
 from flash_moe.errors import UnsupportedModel
+from flash_moe.experts.choice import Choice
 from flash_moe.experts.mixture import PlainMixture, StreamedMixture
 from flash_moe.experts.streamed import StreamedSwitch, Streamer
 from flash_moe.kernels.gpu import MAX_CHOSEN, MAX_EXPERTS
@@ -22,16 +23,14 @@ from flash_moe.kernels.spec import GROUP_SIZES
 NARROWEST = 128
 
 
-def take_over(
-    model: nn.Module, streamer: Streamer, runtime: Runtime, routed: int | None = None
-) -> None:
-    """Replace modules of a model whose switch layers are streamed already; all still lazy. With
-    `routed`, experts have the weights that they have among so many."""
+def take_over(model: nn.Module, streamer: Streamer, runtime: Runtime, choice: Choice) -> None:
+    """Replace modules of a model whose switch layers are streamed already; all still lazy. A choice
+    that is the model's own leaves mlx-lm's block alone where no kernel computes it."""
     for path, module in list(model.named_modules()):
-        if _is_block(module) and module.switch_mlp.fused and _fits(module, routed):
-            set_module(model, path, StreamedMixture(module, streamer, routed or module.top_k))
-        elif _is_block(module) and routed:
-            set_module(model, path, PlainMixture(module, streamer, routed))
+        if _is_block(module) and module.switch_mlp.fused and _fits(module, choice):
+            set_module(model, path, StreamedMixture(module, streamer, choice))
+        elif _is_block(module) and (choice.needs_host or choice.routed > choice.k):
+            set_module(model, path, PlainMixture(module, streamer, choice))
         elif runtime.name == "native" and _is_quantized(module):
             set_module(model, path, NativeLinear(module, load_native()))
     if runtime.widen:
@@ -72,7 +71,13 @@ def refuse_narrow(model: nn.Module) -> None:
             )
 
 
-def can_keep_weights(model: nn.Module) -> bool:
+def renormalises(model: nn.Module) -> bool:
+    """Whether the weights of a token's experts sum to one."""
+    blocks = [m for _, m in model.named_modules() if _is_block(m)]
+    return bool(blocks) and all(block.norm_topk_prob for block in blocks)
+
+
+def knows_formula(model: nn.Module) -> bool:
     """Whether every mixture of a model is one that we know the formula of."""
     switches = [path for path, m in model.named_modules() if isinstance(m, StreamedSwitch)]
     blocks = [path for path, m in model.named_modules() if _is_block(m)]
@@ -89,8 +94,8 @@ def _is_block(block: nn.Module) -> bool:
     )
 
 
-def _fits(block: nn.Module, routed: int | None) -> bool:
-    return (routed or block.top_k) <= MAX_CHOSEN and block.num_experts <= MAX_EXPERTS
+def _fits(block: nn.Module, choice: Choice) -> bool:
+    return choice.ranked <= MAX_CHOSEN and block.num_experts <= MAX_EXPERTS
 
 
 def _is_quantized(module: nn.Module) -> bool:

@@ -50,7 +50,7 @@ def _model(model: StreamedModel) -> list[str]:
     plan, runtime = model.plan, model.runtime
     found = [
         str(plan.experts_per_token),
-        str(plan.keeps_weights),
+        str(plan.choice),
         plan.bits,
         runtime.name,
         runtime.why,

@@ -1,7 +1,8 @@
-"""Fewer experts than a model was trained with, and the weights that they have."""
+"""Other experts than a model would choose, fewer of them, and the weights that they have."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from flash_moe.errors import OptionError
+from flash_moe.experts.choice import Choice
+from flash_moe.experts.mixture import StreamedMixture
 from flash_moe.model.load import Settings, StreamedModel, Weights, load
 from flash_moe.prefix.fingerprint import fingerprint
 from tests.architectures import random_model, write_checkpoint
@@ -22,6 +25,15 @@ def logits(folder: Path, **settings: object) -> np.ndarray:
         return np.array(model(PROMPT, cache=model.make_cache()).astype(mx.float32))
     finally:
         model.close()
+
+
+def near(found: np.ndarray, wanted: np.ndarray, tolerance: float) -> None:
+    np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+class FirstTwo:
+    def cached(self, layer: int, expert: int) -> bool:
+        return expert < 2
 
 
 def test_without_a_cut_there_is_nothing_to_keep(demo_folder: Path) -> None:
@@ -39,13 +51,13 @@ def test_kept_weights_are_those_among_all(demo_folder: Path) -> None:
     model.close()
     for runtime in ("mlx", "native"):
         kept = logits(demo_folder, runtime=runtime, experts=2)
-        np.testing.assert_allclose(kept, wanted, rtol=1e-4, atol=1e-4)
+        near(kept, wanted, 1e-4)
         assert (kept == logits(demo_folder, runtime=runtime, experts=2, weights="keep")).all()
         other = logits(demo_folder, runtime=runtime, experts=2, weights="renormalise")
         assert abs(other - wanted).max() > 1e-2
 
 
-def _cut_by_hand(model: StreamedModel, keep: int) -> mx.array:
+def _cut_by_hand(model: StreamedModel, keep: int = 9, least: float = 0.0) -> mx.array:
     from mlx_lm.models import qwen3_next
 
     block = qwen3_next.Qwen3NextSparseMoeBlock
@@ -55,7 +67,9 @@ def _cut_by_hand(model: StreamedModel, keep: int) -> mx.array:
         ids = mx.argsort(-odds, axis=-1)[..., : self.top_k]  # type: ignore[attr-defined]
         weights = mx.take_along_axis(odds, ids, axis=-1)
         weights = weights / weights.sum(axis=-1, keepdims=True)
-        weights = mx.where(mx.arange(weights.shape[-1]) < keep, weights, 0)
+        rank = mx.arange(weights.shape[-1])
+        weights = mx.where(rank < keep, weights, 0)
+        weights = mx.where((weights >= least) | (rank == 0), weights, 0)
         y = (self.switch_mlp(x, ids) * weights[..., None]).sum(axis=-2)  # type: ignore[attr-defined]
         gate, shared = self.shared_expert_gate, self.shared_expert  # type: ignore[attr-defined]
         return y + mx.sigmoid(gate(x)) * shared(x)
@@ -92,10 +106,59 @@ def test_a_kept_state_is_of_one_choice_alone(demo_folder: Path) -> None:
     assert identity("auto") == identity("keep") != identity("renormalise")
 
 
+def test_light_experts_are_neither_computed_nor_read(demo_folder: Path) -> None:
+    model = load(demo_folder, Settings(runtime="mlx"))
+    wanted = np.array(_cut_by_hand(model, least=0.2).astype(mx.float32))
+    model.close()
+    for runtime in ("mlx", "native"):
+        own, some = (Settings(runtime=runtime, skip_below=least) for least in (1e-9, 0.2))
+        plain = logits(demo_folder, runtime=runtime)
+        near(logits(demo_folder, **asdict(own)), plain, 0 if runtime == "native" else 1e-4)
+        near(logits(demo_folder, **asdict(some)), wanted, 1e-4)
+        read = []
+        for settings in (own, some):
+            model = load(demo_folder, settings)
+            mx.eval(model(PROMPT[:, :1], cache=model.make_cache()))
+            read.append(model.streamer.reader.counters.experts)
+            model.close()
+        assert read[1] < read[0] == 4 * 4
+        assert model.plan.lossy == ["experts of a weight below 0.2 skipped"]
+
+
+@pytest.mark.parametrize("runtime", ["mlx", "native"])
+def test_with_everything_cached_nothing_is_exchanged(demo_folder: Path, runtime: str) -> None:
+    """What was just written or read is in the page cache; and prompts are never touched."""
+    own = logits(demo_folder, runtime=runtime, experts=2)
+    for occasion in ("reply", "prompt"):
+        model = load(demo_folder, Settings(runtime=runtime, experts=2, prefer_cached=0.9))
+        model.streamer.occasion = occasion
+        found = np.array(model(PROMPT, cache=model.make_cache()).astype(mx.float32))
+        model.close()
+        near(found, own, 1e-5)
+
+
+def test_what_is_not_cached_gives_way(demo_folder: Path) -> None:
+    """As if half of the experts were on the disk alone: which is what the layers are told."""
+    model = load(demo_folder, Settings(experts=2, prefer_cached=0.99))
+    model.streamer.occasion = "reply"
+    for _, module in model.model.named_modules():
+        if isinstance(module, StreamedMixture):
+            object.__setattr__(module, "_residency", FirstTwo())
+    seen: list[np.ndarray] = []
+    model.streamer.watch = lambda layer, chosen: seen.append(chosen)
+    mx.eval(model(PROMPT, cache=model.make_cache()))
+    model.close()
+    assert len(seen) == 4
+    assert all(np.sort(chosen, axis=1).tolist() == [[0, 1]] * 6 for chosen in seen)
+
+
 def test_where_the_formula_is_not_known(tmp_path: Path) -> None:
     write_checkpoint(*random_model("qwen3_moe"), tmp_path / "m")
     with pytest.raises(OptionError, match="weights=keep: not known how for qwen3_moe"):
         load(tmp_path / "m", Settings(experts=1, weights="keep"))
+    for unknown in ({"skip_below": 0.1}, {"prefer_cached": 0.1}):
+        with pytest.raises(OptionError, match=f"{next(iter(unknown))}: not known how"):
+            load(tmp_path / "m", Settings(**unknown))
     model = load(tmp_path / "m", Settings(experts=1))
-    assert not model.plan.keeps_weights
+    assert model.plan.choice == Choice(k=1, routed=1, renormalise=False)
     model.close()
