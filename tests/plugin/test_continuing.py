@@ -23,7 +23,7 @@ def say(*arguments: object) -> str:
 def test_only_the_new_turn_is_read(capsys: pytest.CaptureFixture[str]) -> None:
     def conversation(forget: bool) -> tuple[str, dict[str, float]]:
         works("flash-moe", "cache", "--clear")
-        say("-m", NAME, LONG)
+        say("-m", NAME, LONG, "-o", "max_tokens", 40)
         if forget:
             works("flash-moe", "cache", "--clear")
         reply = say("-c", "What is 4 + 3?")
@@ -66,7 +66,7 @@ def test_a_folder_that_cannot_be_written_costs_only_a_warning(llm_home: Path) ->
     blocked = llm_home / "llm-flash-moe" / "prompts"
     blocked.parent.mkdir(parents=True)
     blocked.write_text("a file where the folder should be")
-    done = installed_llm("-m", NAME, LONG + " What is 4 + 3?")
+    done = installed_llm("-m", NAME, LONG + " What is 4 + 3?", "-o", "max_tokens", 3)
     assert done.returncode == 0
     assert done.stderr.startswith("Warning: ")
     assert len(done.stderr.splitlines()) == 1
