@@ -19,10 +19,12 @@ from flash_moe.engine import Engine
 from flash_moe.errors import CheckpointError
 from flash_moe.model.load import Settings
 from flash_moe.quant import evaluate as measuring
-from flash_moe.quant import likelihood
-from flash_moe.quant.evaluate import evaluate, expected, greedy
+from flash_moe.quant import likelihood, replies
+from flash_moe.quant.cost import Cost
+from flash_moe.quant.evaluate import evaluate
 from flash_moe.quant.held_out import read_held_out
 from flash_moe.quant.likelihood import Surprise, text_nats
+from flash_moe.quant.replies import Given, expected, greedy
 from flash_moe.quant.requantize import make_recast
 from flash_moe.quant.routing import Routing, entropy
 from tests.plugin.terminal import fails, llm, logged, works
@@ -44,7 +46,7 @@ def engine(demo_folder: Path) -> Engine:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model never stops."""
-    monkeypatch.setattr(measuring, "MAX_TOKENS", 8)
+    monkeypatch.setattr(replies, "MAX_TOKENS", 8)
 
 
 def plain_nats(folder: Path, ids: list[int]) -> float:
@@ -93,7 +95,7 @@ def test_replies_are_scored_given_their_prompt(
         nats = 0.0
         for dialogue in dialogues:
             if dialogue.kind == kind:
-                prompt, reply = expected(engine, dialogue)
+                prompt, reply, *_ = expected(engine, dialogue)
                 nats += plain_nats(demo_folder, prompt + reply) - plain_nats(demo_folder, prompt)
         assert sum(found.replies[kind].nats) == pytest.approx(nats, rel=1e-4)
 
@@ -101,7 +103,7 @@ def test_replies_are_scored_given_their_prompt(
 def test_the_right_reply_is_what_the_template_adds(engine: Engine, data: Path) -> None:
     dialogues = read_held_out(data).dialogues
     replies = [
-        engine.tokenizer.tokenizer.decode(expected(engine, d)[1], skip_special_tokens=False)
+        engine.tokenizer.tokenizer.decode(expected(engine, d).reply, skip_special_tokens=False)
         for d in dialogues
     ]
     assert replies[0] == "2<|im_end|>"
@@ -110,19 +112,20 @@ def test_the_right_reply_is_what_the_template_adds(engine: Engine, data: Path) -
     assert replies[4].endswith("</tool_call><|im_end|>")
     # What is foreseen follows what is replied to.
     for dialogue in dialogues:
-        prompt, _ = expected(engine, dialogue)
-        _, asked = greedy(engine, dialogue)
+        prompt = expected(engine, dialogue).prompt
+        asked = greedy(engine, dialogue).asked
         assert engine.tokenizer.tokenizer.decode(prompt, skip_special_tokens=False) == asked
 
 
 def test_a_model_that_replies_rightly_gets_full_marks(
     engine: Engine, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def told(engine: Engine, dialogue: Any, grammar: None) -> tuple[str, str]:
-        prompt, reply = expected(engine, dialogue)
+    def told(engine: Engine, dialogue: Any, grammar: None) -> Given:
+        prompt, reply, *_ = expected(engine, dialogue)
         decode = engine.tokenizer.tokenizer.decode
         text = decode(reply, skip_special_tokens=False).removesuffix("<|im_end|>")
-        return text, decode(prompt, skip_special_tokens=False)
+        asked = decode(prompt, skip_special_tokens=False)
+        return Given(text, asked, Cost(), [], 0)
 
     monkeypatch.setattr(measuring, "greedy", told)
     found = evaluate(engine, read_held_out(data)).to_json()
@@ -144,7 +147,7 @@ def test_routing_counts_what_was_forced_and_nothing_else(engine: Engine, data: P
     found = evaluate(engine, held_out)
     tokens = sum(len(engine.tokenizer.encode(text.text)) - 1 for text in held_out.texts)
     for dialogue in held_out.dialogues:
-        prompt, reply = expected(engine, dialogue)
+        prompt, reply, *_ = expected(engine, dialogue)
         tokens += len(prompt) + len(reply) - 1
     k = engine.model.plan.experts_per_token
     assert [int(counts.sum()) for counts in found.routing.counts] == [tokens * k] * 4
@@ -248,10 +251,13 @@ def test_the_command(demo_folder: Path, data: Path, tmp_path: Path) -> None:
     as_json = ("--data", data, "--json")
     first, again, by_folder, fewer = (
         json.loads(works("flash-moe", "eval", *which, *as_json).stdout)
-        for which in (("demo",), ("demo",), (demo_folder,), ("demo", "--experts", 2))
+        for which in (("demo",), ("demo",), (demo_folder,), ("demo", "-o", "experts", 2))
     )
     for result in (first, again, by_folder, fewer):
         assert result.pop("seconds") > 0
+        for cost in result["cost"].values():
+            assert cost.pop("seconds") > 0
+            assert cost.pop("tokens_per_second") > 0
     assert first == again
     assert {**by_folder, "model": "demo"} == first
     assert (first["experts_per_token"], first["bits"], first["items"]) == (4, "4-bit", 9)
