@@ -144,7 +144,7 @@ def _measured(
     digest = wanted.against.digest if wanted.against else None
     key = key_of_run(engine, held_out, wanted.constrained, wanted.keeping, digest)
     with Unfinished(places.home() / "evaluations", key) as unfinished:
-        if len(unfinished):
+        if unfinished.done:
             click.echo(f"Going on after {_of(unfinished, held_out)}.", err=True)
         try:
             with item_bar(f"Measuring {about['model']}", len(held_out)) as progress:
@@ -159,7 +159,7 @@ def _measured(
 
 
 def _of(unfinished: Unfinished, held_out: HeldOut) -> str:
-    return f"{len(unfinished)} of {len(held_out)} items"
+    return f"{unfinished.done} of {len(held_out)} items"
 
 
 def _about(name: str, path: Path, engine: Engine, options: ModelOptions) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ SPANS = {
     "replies": "right replies",
     "json": "JSON",
     "calls": "calls",
-    "structural": "their signs",
+    "structural": "structure",
 }
 
 
@@ -41,7 +42,7 @@ def show(result: dict[str, Any]) -> None:
         _show_against(result["against"], result["items"])
     _table(("replied", "", "share", "of"), _replied(result))
     if "allowed_mass" in result:
-        _table(("left by grammars", "mean", "p1", "tokens"), _allowed(result["allowed_mass"]))
+        _table(("allowed by grammars", "mean", "p1", "tokens"), _allowed(result["allowed_mass"]))
     used = result["routing"]
     click.echo(
         f"\nExperts are chosen with {used['entropy_bits']:.2f} bits of {used['most_bits']:.2f}; "
@@ -70,13 +71,14 @@ def _surprise(found: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _show_against(against: dict[str, Any], items: int) -> None:
-    columns = ("divergence from it", "mean KL, nats", "p99", "same choice", "tokens")
+    before = against["reference"]
     click.echo(
-        f"\nAgainst {Path(against['file']).name}: {against['reference']['model']}, "
-        f"{against['reference']['bits']}, {against['reference']['experts_per_token']} experts "
-        f"a token; {against['documents_compared']} of {items} items are in both"
+        f"\nAgainst {Path(against['file']).name}: {before['model']}, {before['bits']}, "
+        f"{before['experts_per_token']} experts a token.\n"
+        f"Both have {against['documents_compared']} of {items} items."
     )
     parts = {"everything": against, **{SPANS[k]: v for k, v in against["spans"].items()}}
+    columns = ("compared", "mean KL, nats", "p99", "same choice", "tokens")
     _table(columns, (_divergence(title, part) for title, part in parts.items()))
 
 
@@ -104,7 +106,8 @@ def _shares(title: str, part: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 def _allowed(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for title, part in {"everything": found, **found["sections"]}.items():
         if part["tokens"]:
-            yield title, _sure(part["mean"]), _sure(part["p1"]), f"{part['tokens']:,}"
+            mean, p1 = (_sure(part[name], 100) for name in ("mean", "p1"))
+            yield title, f"{mean} %", f"{p1} %", f"{part['tokens']:,}"
 
 
 def _cost(title: str, cost: dict[str, Any]) -> str:
@@ -121,10 +124,16 @@ def _percent(found: dict[str, Any]) -> str:
     return f"{100 * share:.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + " %"
 
 
-def _sure(found: dict[str, Any]) -> str:
+def _sure(found: dict[str, Any], unit: float = 1.0) -> str:
+    """As many digits as the error has a meaning of."""
     value, error = found["value"], found["standard_error"]
-    text = "not a number" if value is None else f"{value:.3g}"
-    return text + ("" if error is None else f" ± {error:.1g}")
+    if value is None:
+        return "not a number"
+    value, error = value * unit, error and error * unit
+    if not error:
+        return f"{value:.3g}"
+    digits = min(max(1 - math.floor(math.log10(error)), 0), 6)
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def _table(columns: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> None:

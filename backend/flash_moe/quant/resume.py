@@ -53,12 +53,13 @@ class Unfinished:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
+        if kind is None or not self.done:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._open.close()
 
-    def __len__(self) -> int:
-        return len(list(self.folder.glob("*.finding")))
+    @property
+    def done(self) -> int:
+        return len(list(self.folder.glob("[0-9]*.finding")))
 
     def get(self, number: int) -> Finding | None:
         """What was found of an item; None if it was not, or not to its end."""
