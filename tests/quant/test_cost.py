@@ -25,7 +25,7 @@ from flash_moe.quant.evaluate import Wanted, evaluate
 from flash_moe.quant.findings import allowed
 from flash_moe.quant.held_out import read_held_out
 from flash_moe.quant.likelihood import token_nats
-from flash_moe.quant.replies import greedy
+from flash_moe.quant.replies import grammar_of, greedy
 from tests.quant.data import SCHEMA, write_data
 
 
@@ -185,8 +185,10 @@ def test_only_grammars_are_asked_what_they_allow(
     data = read_held_out(write_data(tmp_path / "data"), ["json", "questions"], 1)
     assert "allowed_mass" not in evaluate(engine, data).to_json()
     found = evaluate(engine, data, wanted=Wanted(constrained=True)).to_json()["allowed_mass"]
-    assert found["tokens"] == found["sections"]["json"]["tokens"] > 0
-    assert found["tokens"] + found["forced_tokens"] == 14
+    [asked] = [dialogue for dialogue in data.dialogues if dialogue.section == "json"]
+    given = greedy(engine, asked, grammar_of(engine, asked, None))
+    assert found["tokens"] == found["sections"]["json"]["tokens"] == len(given.masses) > 0
+    assert found["forced_tokens"] == given.forced > 0
     assert 0 < found["p1"]["value"] <= found["mean"]["value"] < 1
     assert set(found["sections"]) == {"json"}
 

@@ -269,12 +269,32 @@ def test_the_command(demo_folder: Path, data: Path, tmp_path: Path) -> None:
     ask = ("--data", data, "--only", "text", "--routing", routes)
     shown = works("flash-moe", "eval", "demo", *ask)
     assert "perplexity" in shown.stdout
+    assert re.search(r"Foreseeing: [\d,]+ tokens at [\d,.]+/s, [\d.]+ MB of experts", shown.stdout)
+    assert "Replying" not in shown.stdout
     assert "replied" not in shown.stdout
     written = json.loads(routes.read_text())
     assert written["model"] == "demo"
     assert [len(layer["counts"]) for layer in written["layers"]] == [8] * 4
     assert "--data FOLDER" in fails("flash-moe", "eval", "demo", "--data", tmp_path)
     assert "no model 'nope'" in fails("flash-moe", "eval", "nope", "--data", data)
+
+
+def test_options_are_those_of_llm(demo_folder: Path, data: Path) -> None:
+    """Of loading: others would change nothing, and are refused with those that do."""
+    ask = ("flash-moe", "eval", demo_folder, "--data", data, "--only", "text", "--limit", 1)
+    options = ("-o", "experts", 2, "-o", "weights", "renormalise", "-o", "runtime", "mlx")
+    found = json.loads(works(*ask, *options, "--json").stdout)
+    assert found["options"] == {"experts": 2, "weights": "renormalise", "runtime": "mlx"}
+    assert (found["experts_per_token"], found["runtime"]) == (2, "mlx")
+    assert found["lossy"] == ["2 experts of 4 a token"]
+    for option, message in (
+        (("temperature", 1), "-o temperature changes nothing here. Choose experts, weights, runti"),
+        (("nope", 1), "-o nope is no option. Choose experts, weights, runtime"),
+        (("experts", 0), "-o experts 0: choose 1 or more"),
+        (("experts", "few"), "-o experts few: Input should be a valid integer"),
+        (("runtime", "abacus"), "choose auto, metal, cuda, native, mlx"),
+    ):
+        assert message in fails(*ask, "-o", *option)
 
 
 def test_fewer_bits_are_named_everywhere(demo_folder: Path, data: Path) -> None:

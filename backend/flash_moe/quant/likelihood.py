@@ -23,7 +23,7 @@ WINDOW = 1024
 # Logits of a chunk, in float32: 256 tokens of the 397B. Fewer at once would read experts again.
 CHUNK_LOGIT_BYTES = 256 << 20
 # As many of them are looked at together.
-LOGIT_BYTES = 64 << 20
+LOGIT_BYTES = 16 << 20
 
 # Told of log-probabilities [tokens, words], and of the tokens that came.
 Watch = Callable[[mx.array, Sequence[int]], None]

@@ -126,20 +126,24 @@ def vocabulary(tokenizer: ChatTokenizer) -> str:
 
 def likeliest(log_probabilities: mx.array) -> Array:
     """The ids of the TOP likeliest words, in no order."""
-    words = log_probabilities.shape[-1]
-    ids = np.broadcast_to(np.arange(words), log_probabilities.shape)
-    if words > TOP:
-        ids = np.array(mx.argpartition(-log_probabilities, TOP - 1, axis=-1)[:, :TOP])
-    return ids.astype(np.uint16 if words <= 1 << 16 else np.uint32)
+    rows = np.array(log_probabilities, copy=False)
+    ids = np.broadcast_to(np.arange(rows.shape[-1]), rows.shape)
+    if rows.shape[-1] > TOP:
+        # 0.7 ms for 248,000 words, where MLX takes 5 on the same CPU.
+        ids = np.argpartition(rows, -TOP, axis=-1)[:, -TOP:]
+    return ids.astype(np.uint16 if rows.shape[-1] <= 1 << 16 else np.uint32)
 
 
 def divided(log_probabilities: mx.array, ids: Array) -> tuple[Array, Array]:
     """The log-probabilities of some words, and that of all others together."""
-    places = mx.array(ids.astype(np.uint32))
-    values = mx.take_along_axis(log_probabilities, places, axis=-1)
-    nothing = mx.full(places.shape, -float("inf"))
-    others = mx.put_along_axis(log_probabilities, places, nothing, axis=-1)
-    return np.array(values), np.array(mx.logsumexp(others, axis=-1))
+    rows, places = np.array(log_probabilities), ids.astype(np.intp)
+    values = np.take_along_axis(rows, places, -1)
+    np.put_along_axis(rows, places, -np.inf, -1)
+    # Something finite, also where there are no others.
+    top = np.maximum(rows.max(-1), np.float32(-1e30))
+    with np.errstate(divide="ignore"):
+        rest = np.log(np.exp(rows - top[:, None]).sum(-1)) + top
+    return values, rest
 
 
 def best(log_probabilities: mx.array) -> Array:
