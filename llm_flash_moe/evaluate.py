@@ -137,12 +137,12 @@ def _load(path: Path, settings: Settings) -> Engine:
 def _measured(
     engine: Engine, held_out: HeldOut, wanted: Wanted, about: dict[str, Any], save: Path | None
 ) -> Evaluation:
-    from flash_moe.quant.evaluate import evaluate, foreseen
+    from flash_moe.quant.evaluate import evaluate
     from flash_moe.quant.reference import write_reference
-    from flash_moe.quant.resume import Unfinished, key_of_run
+    from flash_moe.quant.resume import Foreseen, Unfinished, key_of_run
 
     digest = wanted.against.digest if wanted.against else None
-    key = key_of_run(engine, held_out, wanted.constrained, wanted.keeping, digest)
+    key = key_of_run(engine, held_out, about, wanted.keeping, digest)
     with Unfinished(places.home() / "evaluations", key) as unfinished:
         if unfinished.done:
             click.echo(f"Going on after {_of(unfinished, held_out)}.", err=True)
@@ -154,7 +154,7 @@ def _measured(
             click.echo(f"Stopped after {done}: the same command goes on from there.", err=True)
             raise
         if save:
-            write_reference(save, about, engine.tokenizer, foreseen(held_out, unfinished))
+            write_reference(save, about, engine.tokenizer, Foreseen(unfinished, len(held_out)))
     return found
 
 

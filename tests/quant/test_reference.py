@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,9 @@ def test_the_likeliest_are_kept(seed: int, width: int, scale: float, step: float
 def file(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Path:
     path = tmp_path_factory.mktemp("reference") / "reference"
     rows, _ = drawn(1, 300, 3, 0)
-    documents = [(key_of([at, 2], 1), told(rows[:at], Foresight(), [])) for at in (1, 7)]
-    write_reference(path, {"model": "one"}, load_tokenizer(demo_folder), documents)
+    kept = {key_of([at, 2], 1): told(rows[:at], Foresight(), []) for at in (1, 7)}
+    arrays = {f"{key}.{name}": array for key, a in kept.items() for name, array in a.items()}
+    write_reference(path, {"model": "one"}, load_tokenizer(demo_folder), arrays)
     return path
 
 
@@ -146,6 +148,17 @@ def test_no_damage_goes_unnoticed(file: Path, data: st.DataObject) -> None:
     with pytest.raises(CheckpointError, match="no reference, or is damaged"):
         Reference(broken)
     broken.unlink()
+
+
+def test_few_files_are_open(demo_folder: Path, tmp_path: Path) -> None:
+    """There may be a thousand documents, and macOS gives 256 files to a process."""
+    row = told(drawn(1, 300, 3, 0)[0][:1], Foresight(), [])
+    arrays = {f"{at}.{name}": array for at in range(60) for name, array in row.items()}
+    write_reference(tmp_path / "many", {}, load_tokenizer(demo_folder), arrays)
+    before = len(os.listdir("/dev/fd"))
+    reference = Reference(tmp_path / "many")
+    assert reference.find("59") is not None
+    assert len(os.listdir("/dev/fd")) <= before + 1
 
 
 def test_words_that_another_model_has_not(file: Path) -> None:

@@ -48,6 +48,14 @@ def test_the_structure_of_calls() -> None:
     assert chosen == "fxa < b c"
 
 
+def test_the_structure_of_calls_without_tags() -> None:
+    other = ToolFormat("mistral", "[TOOL_CALLS]", "", lambda text, tools: None)
+    text = 'Well: [TOOL_CALLS]f{"x": 1}'
+    found = marked(text, "structural", "tools", other)
+    chosen = "".join(sign for sign, mark in zip(text, found, strict=True) if mark == "~")
+    assert chosen == "Well: fx 1"
+
+
 def test_json_is_the_answer_alone() -> None:
     text = '{"a"</think>\n\n{"n": [1, 2]}<|im_end|>'
     thought = text.index("</think>") + len("</think>")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flash_moe.checkpoint.atomic import replacing
-from flash_moe.checkpoint.headers import read_header
+from flash_moe.checkpoint.headers import Tensor, read_header
 from flash_moe.prefix import record
 from flash_moe.prefix.record import CHECKSUM, Damaged, Part
 
@@ -29,8 +29,8 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def write_arrays(path: Path, about: dict[str, Any], arrays: Arrays) -> None:
-    """Arrays that lie in files themselves are never in memory as a whole."""
-    parts = {name: _part(array) for name, array in arrays.items()}
+    """Arrays are asked for twice, one after the other: `arrays` may read each when it is."""
+    parts = _Parts(arrays)
     head = record.header({"about": json.dumps(about)}, parts)
     with replacing(path) as temporary, temporary.open("wb") as file:
         record.write(file, head, parts)
@@ -44,22 +44,35 @@ def open_arrays(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
     path.open("rb").close()
     for _ in record.read_parts(path):
         pass
+    # One map for all of them: each holds a file open, and there are thousands of arrays.
+    whole = np.asarray(np.memmap(path, np.uint8, "r"))
+    tensors = [tensor for name, tensor in read_header(path).items() if name != CHECKSUM]
     try:
         about = json.loads(record.read_metadata(path)["about"])
-        tensors = [tensor for name, tensor in read_header(path).items() if name != CHECKSUM]
-        arrays = {t.name: _mapped(path, _DTYPES[t.dtype], t.offset, t.shape) for t in tensors}
+        return about, {tensor.name: _inside(whole, tensor) for tensor in tensors}
     except (LookupError, ValueError, RecursionError) as error:
         raise Damaged(f"it lacks {error}") from error
-    return about, arrays
 
 
-def _part(array: Array) -> Part:
-    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return Part(_NAMES[array.dtype.name], array.shape, raw.data)
+class _Parts(Mapping[str, Part]):
+    """Made when they are asked for, so that there is one at a time."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self._arrays = arrays
+
+    def __getitem__(self, name: str) -> Part:
+        array = self._arrays[name]
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return Part(_NAMES[array.dtype.name], array.shape, raw.data)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
 
 
-def _mapped(path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> Array:
-    # Nothing cannot be mapped.
-    if 0 in shape:
-        return np.empty(shape, dtype)
-    return np.memmap(path, dtype, "r", offset, shape)
+def _inside(whole: Array, tensor: Tensor) -> Array:
+    raw = whole[tensor.offset : tensor.offset + tensor.nbytes]
+    found: Array = raw.view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
+    return found

@@ -6,7 +6,7 @@ One item after the other, in the data's order, greedily, through the code that r
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,7 +16,7 @@ from flash_moe.chat.tool_calls import ToolFormat, tool_format
 from flash_moe.engine import Engine
 from flash_moe.errors import OptionError
 from flash_moe.quant import likelihood
-from flash_moe.quant.arrays import Array, Arrays
+from flash_moe.quant.arrays import Array
 from flash_moe.quant.cost import Meter
 from flash_moe.quant.findings import Evaluation, Finding
 from flash_moe.quant.held_out import Dialogue, HeldOut, Text
@@ -62,14 +62,6 @@ def evaluate(
         found.add(item, finding)
         progress(1)
     return found
-
-
-def foreseen(held_out: HeldOut, unfinished: Unfinished) -> Iterator[tuple[str, Arrays]]:
-    """What `keeping` kept, document by document."""
-    for number in range(len(held_out)):
-        finding = unfinished.get(number)
-        if finding is not None and "ids" in finding.arrays:
-            yield finding.key, finding.arrays
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +107,11 @@ def write_reference(
     path: Path,
     model: dict[str, Any],
     tokenizer: ChatTokenizer,
-    documents: Iterable[tuple[str, Arrays]],
+    documents: Arrays,
 ) -> None:
-    """`model` says what foresaw it, for people."""
+    """`model` says what foresaw it, for people; `documents` has KEY.NAME for each of KEPT."""
     about = {"format": FORMAT, "model": model, "vocabulary": vocabulary(tokenizer)}
-    arrays = {f"{key}.{name}": found[name] for key, found in documents for name in KEPT}
-    write_arrays(path, about, arrays)
+    write_arrays(path, about, documents)
 
 
 def key_of(ids: Sequence[int], first: int, window: int | None = None) -> str:

@@ -11,8 +11,10 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,9 +23,10 @@ from flash_moe.engine import Engine
 from flash_moe.errors import CheckpointError, OptionError
 from flash_moe.prefix.fingerprint import fingerprint
 from flash_moe.prefix.record import Damaged
-from flash_moe.quant.arrays import open_arrays, write_arrays
+from flash_moe.quant.arrays import Array, open_arrays, write_arrays
 from flash_moe.quant.findings import Finding
 from flash_moe.quant.held_out import HeldOut
+from flash_moe.quant.reference import KEPT
 
 # Nobody goes on after a month, and one of the 397B takes 50 MB, or 150 with what it foresaw.
 FORGOTTEN_SECONDS = 30 * 24 * 3600
@@ -74,6 +77,31 @@ class Unfinished:
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06}.finding"
+
+
+class Foreseen(Mapping[str, Array]):
+    """What was kept for a reference, from the findings' files, of which one at a time is open."""
+
+    def __init__(self, unfinished: Unfinished, items: int) -> None:
+        self._get = lru_cache(1)(unfinished.get)
+        self._places: dict[str, tuple[int, str]] = {}
+        for number in range(items):
+            finding = unfinished.get(number)
+            if finding is not None and finding.arrays.keys() >= set(KEPT):
+                self._places.update({f"{finding.key}.{name}": (number, name) for name in KEPT})
+
+    def __getitem__(self, place: str) -> Array:
+        number, name = self._places[place]
+        finding = self._get(number)
+        if finding is None:
+            raise CheckpointError("What was found is gone. Give the same command again.")
+        return finding.arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def key_of_run(engine: Engine, held_out: HeldOut, *more: Any) -> str:

@@ -5,7 +5,7 @@ replies      all of the right replies
 json         right replies of the section json, without their thoughts
 calls        calls in right replies, from the first character of their format to the last
 structural   of json and calls: tokens with one of "{}[]:, or a line break in them, or with a
-             part of one of the format's tags, <function=, </parameter> and the like
+             part of what a call begins and ends with, or of a tag inside, such as <function=
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def marks_of_reply(
     for name, places in held.items():
         for start, end in places:
             characters[start:end] |= _bit(name)
-            patterns = (_SIGNS, _TAGS) if name == "calls" else (_SIGNS,)
+            patterns = [_SIGNS, *((_TAGS, _ends(form)) if name == "calls" and form else ())]
             for found in (m for pattern in patterns for m in pattern.finditer(text, start, end)):
                 characters[found.start() : found.end()] |= _bit("structural")
     return np.array(
@@ -63,6 +63,10 @@ def _calls(text: str, at: int, form: ToolFormat) -> Iterator[tuple[int, int]]:
         end = text.find(form.end, start) if form.end else -1
         at = len(text) if end < 0 else end + len(form.end)
         yield start, at
+
+
+def _ends(form: ToolFormat) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(end) for end in (form.start, form.end) if end))
 
 
 def _bit(span: str) -> int:
