@@ -36,7 +36,7 @@ def engine(demo_folder: Path) -> Iterator[Engine]:
     engine.close()
 
 
-@pytest.mark.parametrize(("first", "chunk"), [(1, 16), (50, 16), (50, 64), (7, 1000)])
+@pytest.mark.parametrize(("first", "chunk"), [(1, 16), (48, 16), (50, 51), (7, 1000)])
 def test_a_chunk_reads_an_expert_once(
     engine: Engine, first: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
