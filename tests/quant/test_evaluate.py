@@ -27,6 +27,7 @@ from flash_moe.quant.likelihood import Surprise, text_nats
 from flash_moe.quant.replies import Given, expected, greedy
 from flash_moe.quant.requantize import make_recast
 from flash_moe.quant.routing import Routing, entropy
+from llm_flash_moe.options import SETTINGS
 from tests.plugin.terminal import fails, llm, logged, works
 from tests.quant.data import DIALOGUES, TEXTS, write_data
 
@@ -287,9 +288,10 @@ def test_options_are_those_of_llm(demo_folder: Path, data: Path) -> None:
     assert found["options"] == {"experts": 2, "weights": "renormalise", "runtime": "mlx"}
     assert (found["experts_per_token"], found["runtime"]) == (2, "mlx")
     assert found["lossy"] == ["2 experts of 4 a token"]
+    known = ", ".join(SETTINGS)
     for option, message in (
-        (("temperature", 1), "-o temperature changes nothing here. Choose experts, weights, runti"),
-        (("nope", 1), "-o nope is no option. Choose experts, weights, runtime"),
+        (("temperature", 1), f"-o temperature changes nothing here. Choose {known}."),
+        (("nope", 1), f"-o nope is no option. Choose {known}."),
         (("experts", 0), "-o experts 0: choose 1 or more"),
         (("experts", "few"), "-o experts few: Input should be a valid integer"),
         (("runtime", "abacus"), "choose auto, metal, cuda, native, mlx"),

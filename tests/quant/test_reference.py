@@ -86,9 +86,9 @@ def test_divergence_is_that_of_all_words_less_that_among_the_rest(
             a, b = p[row][rest], q[row][rest]
             lost[row] = (a * np.log((a / a.sum()) / (b / b.sum()))).sum()
     assert (found["kl"] >= 0).all()
-    assert found["kl"] == pytest.approx(whole - lost, rel=1e-4, abs=2e-5)
+    assert found["kl"] == pytest.approx(whole - lost, rel=1e-4, abs=5e-5)
     assert found["same"].tolist() == (first.argmax(-1) == second.argmax(-1)).tolist()
-    assert found["more"] == pytest.approx(np.log(p[:, 0] / q[:, 0]), rel=1e-4, abs=2e-5)
+    assert found["more"] == pytest.approx(np.log(p[:, 0] / q[:, 0]), rel=1e-4, abs=1e-4)
 
 
 @given(seeds, widths, scales, steps, st.sets(st.integers(0, 7)), st.sets(st.integers(0, 7)))
