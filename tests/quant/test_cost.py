@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -109,10 +110,9 @@ class Recorded:
     def __init__(self, constraint: Constraint) -> None:
         self._constraint = constraint
         self.masks: list[Mask | None] = []
-        self.accept = constraint.accept
 
-    finished = property(lambda self: self._constraint.finished)
-    complete = property(lambda self: self._constraint.complete)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._constraint, name)
 
     def mask(self) -> Mask | None:
         self.masks.append(self._constraint.mask())
