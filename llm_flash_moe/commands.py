@@ -18,6 +18,7 @@ from llm_flash_moe.describe import describe, describe_quantizing
 from llm_flash_moe.doctor import doctor
 from llm_flash_moe.errors import PluginError, shown
 from llm_flash_moe.evaluate import evaluate
+from llm_flash_moe.plot import plot
 from llm_flash_moe.progress import byte_bar
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def flash_moe() -> None:
 flash_moe.add_command(cache)
 flash_moe.add_command(doctor)
 flash_moe.add_command(evaluate)
+flash_moe.add_command(plot)
 
 
 @flash_moe.command()

@@ -3,60 +3,60 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from pydantic import ValidationError
 
 from llm_flash_moe import places
-from llm_flash_moe.errors import shown
+from llm_flash_moe.errors import PluginError, shown
+from llm_flash_moe.figures import show
+from llm_flash_moe.options import SETTINGS, ModelOptions
 from llm_flash_moe.progress import StatusLine, item_bar
 
 if TYPE_CHECKING:
     from flash_moe.engine import Engine
-    from flash_moe.model.load import Settings, Weights
+    from flash_moe.model.load import Settings
+    from flash_moe.quant.evaluate import Wanted
+    from flash_moe.quant.findings import Evaluation
+    from flash_moe.quant.held_out import HeldOut
+    from flash_moe.quant.resume import Unfinished
 
 # As flash_moe.quant.held_out has them, which imports the tokenizers.
 SECTIONS = ("text", "questions", "json", "tools")
 FOLDER = click.Path(path_type=Path)
-# What the names of the figures mean, in the order of their columns.
-SHARES = {
-    "right": "right replies",
-    "valid": "valid JSON",
-    "schema": "valid by the schema",
-    "equal": "the expected value",
-    "parses": "calls that parse",
-    "names": "right functions",
-    "arguments": "right arguments, too",
-}
 
 
 @click.command(name="eval")
 @click.argument("name")
 @click.option("--data", type=FOLDER, help="Folder with text.jsonl and dialogues.jsonl")
-@click.option("--experts", type=click.IntRange(1), help="Experts a token uses, if not the model's")
+@click.option(
+    "-o",
+    "--option",
+    "options",
+    type=(str, str),
+    multiple=True,
+    metavar="KEY VALUE",
+    help=f"As llm -o, of what a model is loaded with: {', '.join(SETTINGS)}",
+)
 @click.option("--only", type=click.Choice(SECTIONS), multiple=True, help="Measure just this")
 @click.option("--limit", type=click.IntRange(1), help="Texts, and dialogues of a kind, at most")
+@click.option("--save", type=FOLDER, help="File to keep what is foreseen in, 2 KB a token")
+@click.option("--against", type=FOLDER, help="Such a file, to compare with token by token")
 @click.option("--routing", type=FOLDER, help="File to write how often each expert was chosen to")
-@click.option("--runtime", default="auto", help="What computes the experts, as -o runtime")
-@click.option(
-    "--weights",
-    type=click.Choice(["auto", "keep", "renormalise"]),
-    default="auto",
-    help="Weights of fewer experts, as -o weights",
-)
 @click.option("--constrained", is_flag=True, help="Hold JSON to its schema and calls to the tools")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON")
 def evaluate(
     name: str,
     data: Path | None,
-    experts: int | None,
+    options: tuple[tuple[str, str], ...],
     only: tuple[str, ...],
     limit: int | None,
+    save: Path | None,
+    against: Path | None,
     routing: Path | None,
-    runtime: str,
-    weights: Weights,
     constrained: bool,
     as_json: bool,
 ) -> None:
@@ -65,31 +65,63 @@ def evaluate(
     NAME is a model's name or a checkpoint's folder. Texts and right replies are given word by word
     and the model's surprise is counted (perplexity); then it replies itself, greedily and, without
     --constrained, free of grammars, and the replies are judged.
+
+    An evaluation that was interrupted goes on where it was when the same command is given again.
     """
     from flash_moe.built_in import HELD_OUT
     from flash_moe.checkpoint.atomic import write_json
     from flash_moe.model.load import Settings
-    from flash_moe.quant import evaluate as measuring
+    from flash_moe.quant.evaluate import Wanted
     from flash_moe.quant.held_out import read_held_out
+    from flash_moe.quant.reference import Reference
 
+    chosen = _options(options)
     with shown():
         path, own = places.find(name)
         held_out = read_held_out(data.expanduser() if data else HELD_OUT, only or SECTIONS, limit)
-        engine = _load(path, Settings(experts=experts or own, runtime=runtime, weights=weights))
+        save, routing = _target(save), _target(routing)
+        reference = Reference(against.expanduser()) if against else None
+        wanted = Wanted(constrained, save is not None, reference)
+        engine = _load(path, Settings(**dict(chosen.settings(own))))
+        asked = {"data": str(held_out.folder), "limit": limit, "constrained": constrained}
+        about = {**_about(name, path, engine, chosen), **asked}
         try:
-            with item_bar(f"Measuring {name}", len(held_out)) as progress:
-                found = measuring.evaluate(engine, held_out, progress, constrained=constrained)
+            found = _measured(engine, held_out, wanted, about, save)
         finally:
             engine.close()
-        asked = {"data": str(held_out.folder), "limit": limit, "constrained": constrained}
-        about = {**_about(name, path, engine), **asked}
         if routing:
-            write_json(routing.expanduser(), {**about, **found.routing.to_json()})
+            write_json(routing, {**about, **found.routing.to_json()})
     result = {**about, **found.to_json()}
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
-        _print(result)
+        show(result)
+
+
+def _options(given: Sequence[tuple[str, str]]) -> ModelOptions:
+    """Replies are greedy, and their length is set: only what a model is loaded with can differ."""
+    known = f"Choose {', '.join(SETTINGS)}."
+    for key, _ in given:
+        if key not in SETTINGS:
+            what = "changes nothing here" if key in ModelOptions.model_fields else "is no option"
+            raise PluginError(f"-o {key} {what}. {known}")
+    try:
+        return ModelOptions(**dict(given))  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        said = first["msg"].removeprefix("Value error, ")
+        raise PluginError(f"-o {first['loc'][0]} {first['input']}: {said}.") from error
+
+
+def _target(path: Path | None) -> Path | None:
+    """Where a file is to be written, found before hours are spent on what is in it."""
+    if path is None:
+        return None
+    path = path.expanduser().resolve()
+    if path.is_dir() or not path.parent.is_dir():
+        why = "is a folder" if path.is_dir() else "is in no folder that there is"
+        raise PluginError(f"{path} {why}: choose another place for the file.")
+    return path
 
 
 def _load(path: Path, settings: Settings) -> Engine:
@@ -102,7 +134,35 @@ def _load(path: Path, settings: Settings) -> Engine:
         loading.clear()
 
 
-def _about(name: str, path: Path, engine: Engine) -> dict[str, Any]:
+def _measured(
+    engine: Engine, held_out: HeldOut, wanted: Wanted, about: dict[str, Any], save: Path | None
+) -> Evaluation:
+    from flash_moe.quant.evaluate import evaluate
+    from flash_moe.quant.reference import write_reference
+    from flash_moe.quant.resume import Foreseen, Unfinished, key_of_run
+
+    digest = wanted.against.digest if wanted.against else None
+    key = key_of_run(engine, held_out, about, wanted.keeping, digest)
+    with Unfinished(places.home() / "evaluations", key) as unfinished:
+        if unfinished.done:
+            click.echo(f"Going on after {_of(unfinished, held_out)}.", err=True)
+        try:
+            with item_bar(f"Measuring {about['model']}", len(held_out)) as progress:
+                found = evaluate(engine, held_out, progress, wanted, unfinished)
+        except KeyboardInterrupt:
+            done = _of(unfinished, held_out)
+            click.echo(f"Stopped after {done}: the same command goes on from there.", err=True)
+            raise
+        if save:
+            write_reference(save, about, engine.tokenizer, Foreseen(unfinished, len(held_out)))
+    return found
+
+
+def _of(unfinished: Unfinished, held_out: HeldOut) -> str:
+    return f"{unfinished.done} of {len(held_out)} items"
+
+
+def _about(name: str, path: Path, engine: Engine, options: ModelOptions) -> dict[str, Any]:
     """What was measured: figures of another K, other bits or another runtime are other figures."""
     plan = engine.model.plan
     return {
@@ -114,72 +174,5 @@ def _about(name: str, path: Path, engine: Engine) -> dict[str, Any]:
         "bits": plan.bits,
         "lossy": plan.lossy,
         "runtime": engine.model.runtime.name,
+        "options": dict(options.settings()),
     }
-
-
-def _print(result: dict[str, Any]) -> None:
-    click.echo(
-        f"{result['model']}: {result['architecture']}, {result['bits']}, "
-        f"{result['experts_per_token']} experts a token, {result['runtime']} runtime"
-        + (", constrained" if result["constrained"] else "")
-    )
-    for lossy in result["lossy"]:
-        click.echo(f"  less exact: {lossy}")
-    _table(("foreseen", "perplexity", "bits a byte", "tokens", "documents"), _foreseen(result))
-    _table(("replied", "", "share", "of"), _replied(result))
-    used = result["routing"]
-    click.echo(
-        f"\nExperts are chosen with {used['entropy_bits']:.2f} bits of {used['most_bits']:.2f}; "
-        f"{used['unused_experts']} never. {result['items']} items in {result['seconds']:.1f} s."
-    )
-
-
-def _foreseen(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Of texts by source, and of right replies by kind."""
-    for title, key, by in (("texts", "text", "sources"), ("right replies", "replies", "kinds")):
-        if key in result:
-            yield title, *_surprise(result[key])
-            for name, part in result[key][by].items():
-                yield f"  {name}", *_surprise(part)
-
-
-def _surprise(found: dict[str, Any]) -> tuple[str, ...]:
-    perplexity, error = found["perplexity"], found["standard_error"]
-    text = "not a number" if perplexity is None else f"{perplexity:,.2f}"
-    text += "" if error is None else f" ± {error:,.2f}"
-    bits = found.get("bits_per_byte")
-    return text, f"{bits:.3f}" if bits else "", f"{found['tokens']:,}", f"{found['documents']:,}"
-
-
-def _replied(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    for section in SECTIONS:
-        if section in result and section != "text":
-            yield from _shares(section, result[section])
-            kinds = result[section]["kinds"]
-            for kind, part in kinds.items() if set(kinds) != {section} else ():
-                yield from _shares(f"  {kind}", part)
-
-
-def _shares(title: str, part: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    for key, meaning in SHARES.items():
-        if key in part:
-            found = part[key]
-            share = f"{100 * found['share']:.1f} ± {100 * found['standard_error']:.1f} %"
-            yield title, meaning, share, f"{found['of']:,}"
-            title = ""
-
-
-def _table(columns: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> None:
-    """Nothing, if there are no rows."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        words = number == 0 or not column
-        table.add_column(column, justify="left" if words else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    if table.row_count:
-        click.echo()
-        Console(highlight=False).print(table)

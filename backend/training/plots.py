@@ -10,63 +10,9 @@ import argparse
 import csv
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
-WIDTH, HEIGHT, MARGIN = 640, 320, 48
-COLOURS = ("#4269d0", "#ff725c", "#3ca951", "#efb118", "#a463f2", "#9c6b4e")
-Points = Sequence[tuple[float, float]]
-
-
-class Chart:
-    """Lines in a frame, with ticks where they are told to be."""
-
-    def __init__(self, title: str, x: tuple[float, float], y: tuple[float, float]) -> None:
-        self.x, self.y = x, y
-        self.parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-            'font-family="sans-serif" font-size="12">',
-            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-            f'<text x="{MARGIN}" y="22" font-size="14">{title}</text>',
-        ]
-        self.labels = 0
-
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        across = (x - self.x[0]) / (self.x[1] - self.x[0])
-        up = (y - self.y[0]) / (self.y[1] - self.y[0])
-        return (
-            MARGIN + across * (WIDTH - 2 * MARGIN),
-            HEIGHT - MARGIN + up * (2 * MARGIN - HEIGHT),
-        )
-
-    def ticks(self, across: dict[float, str], up: dict[float, str]) -> None:
-        for value, text in across.items():
-            x, y = self.place(value, self.y[0])
-            self.parts.append(
-                f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle">{text}</text>'
-            )
-        for value, text in up.items():
-            x, y = self.place(self.x[0], value)
-            right = WIDTH - MARGIN
-            self.parts.append(f'<path d="M{x:.1f} {y:.1f}H{right}" stroke="#ddd"/>')
-            self.parts.append(
-                f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
-            )
-
-    def line(self, points: Points, label: str, colour: str, faint: bool = False) -> None:
-        path = " ".join("{:.1f},{:.1f}".format(*self.place(x, y)) for x, y in points)
-        opacity = ' stroke-opacity="0.45"' if faint else ""
-        self.parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"{opacity}/>'
-        )
-        y = 22 + 16 * self.labels
-        self.labels += 1
-        self.parts.append(
-            f'<text x="{WIDTH - MARGIN}" y="{y}" text-anchor="end" fill="{colour}">{label}</text>'
-        )
-
-    def write(self, path: Path) -> None:
-        path.write_text("\n".join([*self.parts, "</svg>\n"]), "utf-8")
+from flash_moe.measure.chart import COLOURS, Chart
 
 
 def loss_chart(table: Path, target: Path) -> None:

@@ -19,12 +19,15 @@ from flash_moe.engine import Engine
 from flash_moe.errors import CheckpointError
 from flash_moe.model.load import Settings
 from flash_moe.quant import evaluate as measuring
-from flash_moe.quant import likelihood
-from flash_moe.quant.evaluate import evaluate, expected, greedy
+from flash_moe.quant import likelihood, replies
+from flash_moe.quant.cost import Cost
+from flash_moe.quant.evaluate import evaluate
 from flash_moe.quant.held_out import read_held_out
 from flash_moe.quant.likelihood import Surprise, text_nats
+from flash_moe.quant.replies import Given, expected, greedy
 from flash_moe.quant.requantize import make_recast
 from flash_moe.quant.routing import Routing, entropy
+from llm_flash_moe.options import SETTINGS
 from tests.plugin.terminal import fails, llm, logged, works
 from tests.quant.data import DIALOGUES, TEXTS, write_data
 
@@ -44,7 +47,7 @@ def engine(demo_folder: Path) -> Engine:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model never stops."""
-    monkeypatch.setattr(measuring, "MAX_TOKENS", 8)
+    monkeypatch.setattr(replies, "MAX_TOKENS", 8)
 
 
 def plain_nats(folder: Path, ids: list[int]) -> float:
@@ -93,7 +96,7 @@ def test_replies_are_scored_given_their_prompt(
         nats = 0.0
         for dialogue in dialogues:
             if dialogue.kind == kind:
-                prompt, reply = expected(engine, dialogue)
+                prompt, reply, *_ = expected(engine, dialogue)
                 nats += plain_nats(demo_folder, prompt + reply) - plain_nats(demo_folder, prompt)
         assert sum(found.replies[kind].nats) == pytest.approx(nats, rel=1e-4)
 
@@ -101,7 +104,7 @@ def test_replies_are_scored_given_their_prompt(
 def test_the_right_reply_is_what_the_template_adds(engine: Engine, data: Path) -> None:
     dialogues = read_held_out(data).dialogues
     replies = [
-        engine.tokenizer.tokenizer.decode(expected(engine, d)[1], skip_special_tokens=False)
+        engine.tokenizer.tokenizer.decode(expected(engine, d).reply, skip_special_tokens=False)
         for d in dialogues
     ]
     assert replies[0] == "2<|im_end|>"
@@ -110,19 +113,20 @@ def test_the_right_reply_is_what_the_template_adds(engine: Engine, data: Path) -
     assert replies[4].endswith("</tool_call><|im_end|>")
     # What is foreseen follows what is replied to.
     for dialogue in dialogues:
-        prompt, _ = expected(engine, dialogue)
-        _, asked = greedy(engine, dialogue)
+        prompt = expected(engine, dialogue).prompt
+        asked = greedy(engine, dialogue).asked
         assert engine.tokenizer.tokenizer.decode(prompt, skip_special_tokens=False) == asked
 
 
 def test_a_model_that_replies_rightly_gets_full_marks(
     engine: Engine, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def told(engine: Engine, dialogue: Any, grammar: None) -> tuple[str, str]:
-        prompt, reply = expected(engine, dialogue)
+    def told(engine: Engine, dialogue: Any, grammar: None) -> Given:
+        prompt, reply, *_ = expected(engine, dialogue)
         decode = engine.tokenizer.tokenizer.decode
         text = decode(reply, skip_special_tokens=False).removesuffix("<|im_end|>")
-        return text, decode(prompt, skip_special_tokens=False)
+        asked = decode(prompt, skip_special_tokens=False)
+        return Given(text, asked, Cost(), [], 0)
 
     monkeypatch.setattr(measuring, "greedy", told)
     found = evaluate(engine, read_held_out(data)).to_json()
@@ -144,7 +148,7 @@ def test_routing_counts_what_was_forced_and_nothing_else(engine: Engine, data: P
     found = evaluate(engine, held_out)
     tokens = sum(len(engine.tokenizer.encode(text.text)) - 1 for text in held_out.texts)
     for dialogue in held_out.dialogues:
-        prompt, reply = expected(engine, dialogue)
+        prompt, reply, *_ = expected(engine, dialogue)
         tokens += len(prompt) + len(reply) - 1
     k = engine.model.plan.experts_per_token
     assert [int(counts.sum()) for counts in found.routing.counts] == [tokens * k] * 4
@@ -248,10 +252,13 @@ def test_the_command(demo_folder: Path, data: Path, tmp_path: Path) -> None:
     as_json = ("--data", data, "--json")
     first, again, by_folder, fewer = (
         json.loads(works("flash-moe", "eval", *which, *as_json).stdout)
-        for which in (("demo",), ("demo",), (demo_folder,), ("demo", "--experts", 2))
+        for which in (("demo",), ("demo",), (demo_folder,), ("demo", "-o", "experts", 2))
     )
     for result in (first, again, by_folder, fewer):
         assert result.pop("seconds") > 0
+        for cost in result["cost"].values():
+            assert cost.pop("seconds") > 0
+            assert cost.pop("tokens_per_second") > 0
     assert first == again
     assert {**by_folder, "model": "demo"} == first
     assert (first["experts_per_token"], first["bits"], first["items"]) == (4, "4-bit", 9)
@@ -263,12 +270,33 @@ def test_the_command(demo_folder: Path, data: Path, tmp_path: Path) -> None:
     ask = ("--data", data, "--only", "text", "--routing", routes)
     shown = works("flash-moe", "eval", "demo", *ask)
     assert "perplexity" in shown.stdout
+    assert re.search(r"Foreseeing: [\d,]+ tokens at [\d,.]+/s, [\d.]+ MB of experts", shown.stdout)
+    assert "Replying" not in shown.stdout
     assert "replied" not in shown.stdout
     written = json.loads(routes.read_text())
     assert written["model"] == "demo"
     assert [len(layer["counts"]) for layer in written["layers"]] == [8] * 4
     assert "--data FOLDER" in fails("flash-moe", "eval", "demo", "--data", tmp_path)
     assert "no model 'nope'" in fails("flash-moe", "eval", "nope", "--data", data)
+
+
+def test_options_are_those_of_llm(demo_folder: Path, data: Path) -> None:
+    """Of loading: others would change nothing, and are refused with those that do."""
+    ask = ("flash-moe", "eval", demo_folder, "--data", data, "--only", "text", "--limit", 1)
+    options = ("-o", "experts", 2, "-o", "weights", "renormalise", "-o", "runtime", "mlx")
+    found = json.loads(works(*ask, *options, "--json").stdout)
+    assert found["options"] == {"experts": 2, "weights": "renormalise", "runtime": "mlx"}
+    assert (found["experts_per_token"], found["runtime"]) == (2, "mlx")
+    assert found["lossy"] == ["2 experts of 4 a token"]
+    known = ", ".join(SETTINGS)
+    for option, message in (
+        (("temperature", 1), f"-o temperature changes nothing here. Choose {known}."),
+        (("nope", 1), f"-o nope is no option. Choose {known}."),
+        (("experts", 0), "-o experts 0: choose 1 or more"),
+        (("experts", "few"), "-o experts few: Input should be a valid integer"),
+        (("runtime", "abacus"), "choose auto, metal, cuda, native, mlx"),
+    ):
+        assert message in fails(*ask, "-o", *option)
 
 
 def test_fewer_bits_are_named_everywhere(demo_folder: Path, data: Path) -> None:

@@ -85,6 +85,11 @@ class Generation:
         # Of every token that was chosen, and not forced, if `likeliest` asks for them.
         self.choices: list[Choice] = []
 
+    @property
+    def allowed_masses(self) -> list[float]:
+        """Of every token chosen under a mask: the probability that the mask left allowed."""
+        return self._guide.masses
+
     def __iter__(self) -> Iterator[int]:
         # Here, so that what it takes to find a kept state is part of the reply's time.
         prefill = self._begin(self._prompt, self._chunk)

@@ -24,7 +24,8 @@ class Guide:
     def __init__(self, constraint: Constraint | None, stats: Stats) -> None:
         self._constraint = constraint
         self._stats = stats
-        self._chosen = 0
+        # Of every token that was chosen under a mask: how much of the probability it left.
+        self.masses: list[float] = []
         self._mass = 0.0
         # The mass of the token being chosen, until its mask is known to have served.
         self._pending: mx.array | None = None
@@ -73,10 +74,10 @@ class Guide:
         if self._constraint is None:
             return True
         if self._pending is not None:
-            self._chosen += 1
-            self._mass += cast(float, self._pending.item())
+            self.masses.append(cast(float, self._pending.item()))
+            self._mass += self.masses[-1]
             self._stats.constrained_tokens += 1
-            self._stats.allowed_mass = self._mass / self._chosen
+            self._stats.allowed_mass = self._mass / len(self.masses)
         with self._timed():
             return self._constraint.accept(token)
 

@@ -5,185 +5,153 @@ One item after the other, in the data's order, greedily, through the code that r
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from flash_moe.chat.grammar import Grammar
+import mlx.core as mx
+import numpy as np
+
 from flash_moe.chat.tool_calls import ToolFormat, tool_format
 from flash_moe.engine import Engine
 from flash_moe.errors import OptionError
-from flash_moe.model.decode import Generation
-from flash_moe.quant.held_out import Dialogue, HeldOut
-from flash_moe.quant.judge import Verdict, answer, judge
-from flash_moe.quant.likelihood import Surprise, text_nats, token_nats
+from flash_moe.quant import likelihood
+from flash_moe.quant.arrays import Array
+from flash_moe.quant.cost import Meter
+from flash_moe.quant.findings import Evaluation, Finding
+from flash_moe.quant.held_out import Dialogue, HeldOut, Text
+from flash_moe.quant.judge import answer, judge
+from flash_moe.quant.likelihood import Watch, text_nats, token_nats
+from flash_moe.quant.reference import Comparison, Foresight, Reference, key_of
+from flash_moe.quant.replies import Expected, expected, grammar_of, greedy
+from flash_moe.quant.resume import Unfinished
 from flash_moe.quant.routing import Routing
-
-# A right reply is far shorter; a random model never stops.
-MAX_TOKENS = 256
+from flash_moe.quant.spans import Marks, marks_of_reply, marks_of_text
 
 
-@dataclass(slots=True)
-class Evaluation:
-    """What was found so far."""
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """`constrained` holds replies to the schema that they are judged by, and calls to the tools;
+    `keeping` keeps what was foreseen, for a reference; `against` compares it with one."""
 
-    held_out: HeldOut
-    routing: Routing
-    texts: dict[str, Surprise] = field(default_factory=dict)
-    replies: dict[str, Surprise] = field(default_factory=dict)
-    verdicts: list[tuple[Dialogue, Verdict]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "items": len(self.held_out),
-            "seconds": round(self.seconds, 2),
-            **({"text": self._perplexities(self.texts, "sources")} if self.texts else {}),
-            **self._sections(),
-            **({"replies": self._perplexities(self.replies, "kinds")} if self.replies else {}),
-            "routing": self.routing.summary(),
-        }
-
-    def _perplexities(self, parts: dict[str, Surprise], by: str) -> dict[str, Any]:
-        return {
-            **_total(parts.values()).to_json(),
-            by: {name: part.to_json() for name, part in parts.items()},
-        }
-
-    def _sections(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for section in dict.fromkeys(dialogue.section for dialogue, _ in self.verdicts):
-            inside = [(d, v) for d, v in self.verdicts if d.section == section]
-            kinds = dict.fromkeys(dialogue.kind for dialogue, _ in inside)
-            found[section] = {
-                **shares(verdict for _, verdict in inside),
-                "kinds": {kind: shares(v for d, v in inside if d.kind == kind) for kind in kinds},
-            }
-        return found
+    constrained: bool = False
+    keeping: bool = False
+    against: Reference | None = None
 
 
 def evaluate(
     engine: Engine,
     held_out: HeldOut,
     progress: Callable[[int], None] = lambda items: None,
-    *,
-    constrained: bool = False,
+    wanted: Wanted = Wanted(),
+    unfinished: Unfinished | None = None,
 ) -> Evaluation:
-    """Measure everything in `held_out`; `progress` is told of every item that is done.
-    `constrained` holds replies to the schema that they are judged by, and calls to the tools."""
-    start = time.perf_counter()
+    """Measure everything in `held_out` that is not found in `unfinished`, where all findings go;
+    `progress` is told of every item that is done."""
+    if wanted.against is not None:
+        _require_shared(engine, held_out, wanted.against)
     form = tool_format(engine.model.path, engine.tokenizer) if held_out.dialogues else None
-    found = Evaluation(held_out, Routing(engine.model.streamer))
-    for text in held_out.texts:
-        with found.routing.watching():
-            measured = text_nats(engine.model, engine.tokenizer, text.text)
-        found.texts.setdefault(text.source, Surprise()).add(*measured)
+    measuring = _Measuring(engine, form, wanted, Routing(engine.model.streamer))
+    found = Evaluation(held_out, Routing(engine.model.streamer), wanted.against, wanted.constrained)
+    for number, item in enumerate(held_out.items):
+        finding = unfinished.get(number) if unfinished else None
+        if finding is None:
+            finding = measuring.measure(item)
+            if unfinished:
+                unfinished.put(number, finding)
+        found.add(item, finding)
         progress(1)
-    for dialogue in held_out.dialogues:
-        _measure(engine, dialogue, form, found, constrained)
-        progress(1)
-    found.seconds = time.perf_counter() - start
     return found
 
 
-def _measure(
-    engine: Engine,
-    dialogue: Dialogue,
-    form: ToolFormat | None,
-    found: Evaluation,
-    constrained: bool,
-) -> None:
-    with found.routing.watching():
-        prompt, reply = expected(engine, dialogue)
-        nats = token_nats(engine.model, engine.tokenizer, [*prompt, *reply], len(prompt))
-    found.replies.setdefault(dialogue.kind, Surprise()).add(nats, len(reply))
-    grammar = _grammar(engine, dialogue, form) if constrained else None
-    text = answer(*greedy(engine, dialogue, grammar))
-    found.verdicts.append((dialogue, judge(text, dialogue.check, dialogue.tools, form)))
+@dataclass(frozen=True, slots=True)
+class _Measuring:
+    engine: Engine
+    form: ToolFormat | None
+    wanted: Wanted
+    routing: Routing
+
+    def measure(self, item: Text | Dialogue) -> Finding:
+        start = time.perf_counter()
+        finding = self._text(item) if isinstance(item, Text) else self._dialogue(item)
+        finding.seconds = time.perf_counter() - start
+        return finding
+
+    def _text(self, text: Text) -> Finding:
+        model, tokenizer = self.engine.model, self.engine.tokenizer
+        watches = _Watches(self.wanted, key := _text_key(self.engine, text))
+        meter = Meter(model.streamer)
+        with self.routing.watching():
+            nats, tokens, nbytes = text_nats(model, tokenizer, text.text, watches.watch)
+        found = Finding(key, nats, tokens, nbytes, prefill=meter.cost(tokens))
+        found.arrays = watches.arrays(marks_of_text(tokens))
+        found.arrays["routing"] = self.routing.taken()
+        return found
+
+    def _dialogue(self, dialogue: Dialogue) -> Finding:
+        model, right = self.engine.model, expected(self.engine, dialogue)
+        ids, first = [*right.prompt, *right.reply], len(right.prompt)
+        watches = _Watches(self.wanted, key := _reply_key(right))
+        meter = Meter(model.streamer)
+        with self.routing.watching():
+            nats = token_nats(model, ids, first, watches.watch)
+        found = Finding(key, nats, len(right.reply), prefill=meter.cost(len(ids) - 1))
+        marks = marks_of_reply(right.text, right.offsets, dialogue.section, self.form)
+        found.arrays = watches.arrays(marks)
+        found.arrays["routing"] = self.routing.taken()
+        self._reply(dialogue, found)
+        return found
+
+    def _reply(self, dialogue: Dialogue, found: Finding) -> None:
+        held = self.wanted.constrained
+        grammar = grammar_of(self.engine, dialogue, self.form) if held else None
+        given = greedy(self.engine, dialogue, grammar)
+        text = answer(given.text, given.asked)
+        found.verdict = judge(text, dialogue.check, dialogue.tools, self.form)
+        found.decode, found.forced = given.cost, given.forced
+        if grammar is not None:
+            found.arrays["masses"] = np.array(given.masses)
 
 
-def _grammar(engine: Engine, dialogue: Dialogue, form: ToolFormat | None) -> Grammar | None:
-    if "schema" in dialogue.check:
-        return Grammar.for_schema(engine.tokenizer, dialogue.check["schema"])
-    if dialogue.tools:
-        return Grammar.for_tools(engine.tokenizer, dialogue.tools, form)
-    return None
+class _Watches:
+    """Those who look at what is said about one document, if anybody does: it costs a sort."""
+
+    def __init__(self, wanted: Wanted, key: str) -> None:
+        kept = wanted.against.find(key) if wanted.against else None
+        self._all: list[Foresight | Comparison] = []
+        if wanted.keeping:
+            self._all.append(Foresight())
+        if kept is not None:
+            self._all.append(Comparison(kept))
+
+    @property
+    def watch(self) -> Watch | None:
+        return self._tell if self._all else None
+
+    def arrays(self, marks: Marks) -> dict[str, Array]:
+        found = {name: array for one in self._all for name, array in one.arrays().items()}
+        return {**found, "marks": marks} if "kl" in found else found
+
+    def _tell(self, log_probabilities: mx.array, targets: Sequence[int]) -> None:
+        for one in self._all:
+            one(log_probabilities, targets)
 
 
-def greedy(engine: Engine, dialogue: Dialogue, grammar: Grammar | None = None) -> tuple[str, str]:
-    """What the model replies, and the end of the prompt it replies to.
-
-    With special tokens, since some formats of tool calls are made of them.
-    """
-    prompt = engine.tokenizer.encode_chat(dialogue.messages, **_variables(dialogue))
-    reply = Generation(
-        engine.model,
-        prompt,
-        max_tokens=MAX_TOKENS,
-        stop_tokens=engine.tokenizer.stop_tokens,
-        constraint=None if grammar is None else grammar.constraint(prompt),
-    )
-    decode = engine.tokenizer.tokenizer.decode
-    return decode(list(reply), skip_special_tokens=False), decode(prompt, skip_special_tokens=False)
-
-
-def expected(engine: Engine, dialogue: Dialogue) -> tuple[list[int], list[int]]:
-    """The ids of the prompt, and of the right reply up to the token that ends it: what the
-    template makes of the conversation with the reply, less what it makes of it without."""
-    template, tokenizer = engine.tokenizer.template, engine.tokenizer
-    if template is None:
-        raise OptionError("The model has no chat template: measure it with --only text.")
-    variables = _variables(dialogue)
-    whole = template.render(
-        [*dialogue.messages, dialogue.reply], add_generation_prompt=False, **variables
-    )
-    # Some templates do not open the assistant's turn as they write it: then all of it is foreseen.
-    for opened in (True, False):
-        start = template.render(dialogue.messages, add_generation_prompt=opened, **variables)
-        if whole.startswith(start):
-            break
-    else:
+def _require_shared(engine: Engine, held_out: HeldOut, reference: Reference) -> None:
+    """Before hours are spent."""
+    reference.require(engine.tokenizer)
+    keys = (_text_key(engine, text) for text in held_out.texts)
+    more = (_reply_key(expected(engine, dialogue)) for dialogue in held_out.dialogues)
+    if not any(reference.find(key) for each in (keys, more) for key in each):
         raise OptionError(
-            "The model's chat template writes earlier turns anew when a reply is added, so that "
-            "the reply has no place of its own: measure the model with --only text."
+            f"{reference.path} has none of these texts and dialogues. Give --data, --only and "
+            "--limit as the reference had them, or save another one."
         )
-    prompt, reply = (
-        tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
-        for text in (start, whole[len(start) :])
-    )
-    return prompt, _ended(reply, tokenizer.stop_tokens)
 
 
-def shares(verdicts: Iterable[Verdict]) -> dict[str, Any]:
-    """Of every name in the verdicts: how many have it, how many of them say yes, and the share."""
-    found: dict[str, list[bool]] = {}
-    for verdict in verdicts:
-        for name, yes in verdict.items():
-            found.setdefault(name, []).append(yes)
-    return {name: _share(sum(answers), len(answers)) for name, answers in found.items()}
+def _text_key(engine: Engine, text: Text) -> str:
+    return key_of(engine.tokenizer.encode(text.text), 1, likelihood.WINDOW)
 
 
-def _share(yes: int, of: int) -> dict[str, Any]:
-    share = yes / of
-    return {"share": share, "standard_error": math.sqrt(share * (1 - share) / of), "of": of}
-
-
-def _variables(dialogue: Dialogue) -> dict[str, Any]:
-    return {"tools": dialogue.tools or None, "enable_thinking": dialogue.thinking}
-
-
-def _ended(reply: list[int], stops: frozenset[int]) -> list[int]:
-    """Templates go on after the stop token, with a line break: no model ever says that."""
-    last = max((at for at, token in enumerate(reply) if token in stops), default=len(reply) - 1)
-    return reply[: last + 1]
-
-
-def _total(parts: Iterable[Surprise]) -> Surprise:
-    total = Surprise()
-    for part in parts:
-        total.nats += part.nats
-        total.tokens += part.tokens
-        total.nbytes += part.nbytes
-    return total
+def _reply_key(right: Expected) -> str:
+    return key_of([*right.prompt, *right.reply], len(right.prompt))

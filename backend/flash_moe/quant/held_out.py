@@ -51,8 +51,12 @@ class HeldOut:
     texts: list[Text]
     dialogues: list[Dialogue]
 
+    @property
+    def items(self) -> list[Text | Dialogue]:
+        return [*self.texts, *self.dialogues]
+
     def __len__(self) -> int:
-        return len(self.texts) + len(self.dialogues)
+        return len(self.items)
 
 
 def read_held_out(

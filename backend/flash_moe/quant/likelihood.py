@@ -7,18 +7,26 @@ independent of each other.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from flash_moe.chat.tokenizer import ChatTokenizer
-from flash_moe.model.decode import prefill_chunk
+from flash_moe.model.decode import SMALLEST_CHUNK, prefill_chunk
 from flash_moe.model.load import StreamedModel
+from flash_moe.quant.sample import finite, ratio
 
 WINDOW = 1024
-# Logits at once, in float32. Of 1,024 tokens of the 397B they would be 1 GB.
-LOGIT_BYTES = 64 << 20
+# Logits of a chunk, in float32: 256 tokens of the 397B. Fewer at once would read experts again.
+CHUNK_LOGIT_BYTES = 256 << 20
+# As many of them are looked at together.
+LOGIT_BYTES = 16 << 20
+
+# Told of log-probabilities [tokens, words], and of the tokens that came.
+Watch = Callable[[mx.array, Sequence[int]], None]
 
 
 @dataclass(slots=True)
@@ -37,7 +45,7 @@ class Surprise:
     @property
     def mean(self) -> float:
         """Nats a token."""
-        return sum(self.nats) / max(sum(self.tokens), 1)
+        return ratio(self.nats, self.tokens)[0]
 
     @property
     def perplexity(self) -> float:
@@ -45,30 +53,26 @@ class Surprise:
 
     @property
     def standard_error(self) -> float | None:
-        """Of the perplexity: of a ratio of sums over documents, each weighing as it is long."""
-        documents = len(self.nats)
-        if documents < 2 or not sum(self.tokens):
-            return None
-        pairs = zip(self.nats, self.tokens, strict=True)
-        squares = sum((nats - self.mean * tokens) ** 2 for nats, tokens in pairs)
-        mean_tokens = sum(self.tokens) / documents
-        error = math.sqrt(squares / (documents * (documents - 1))) / mean_tokens
-        return self.perplexity * error
+        """Of the perplexity."""
+        _, error = ratio(self.nats, self.tokens)
+        return None if error is None else self.perplexity * error
 
     def to_json(self) -> dict[str, Any]:
         found = {
-            "perplexity": _finite(self.perplexity),
-            "standard_error": _finite(self.standard_error),
+            "perplexity": finite(self.perplexity),
+            "standard_error": finite(self.standard_error),
             "documents": len(self.nats),
             "tokens": sum(self.tokens),
         }
         if self.nbytes:
-            found["bits_per_byte"] = _finite(sum(self.nats) / math.log(2) / self.nbytes)
+            found["bits_per_byte"] = finite(sum(self.nats) / math.log(2) / self.nbytes)
             found["bytes"] = self.nbytes
         return found
 
 
-def text_nats(model: StreamedModel, tokenizer: ChatTokenizer, text: str) -> tuple[float, int, int]:
+def text_nats(
+    model: StreamedModel, tokenizer: ChatTokenizer, text: str, watch: Watch | None = None
+) -> tuple[float, int, int]:
     """Nats, tokens and bytes of all of a text but its first token, which nothing leads to.
 
     Windows share one token: the last of one is where the next begins, so none is left out.
@@ -77,35 +81,53 @@ def text_nats(model: StreamedModel, tokenizer: ChatTokenizer, text: str) -> tupl
     ids: list[int] = encoded.ids
     nats = 0.0
     for start in range(0, len(ids) - 1, WINDOW):
-        nats += token_nats(model, tokenizer, ids[start : start + WINDOW + 1], 1)
+        nats += token_nats(model, ids[start : start + WINDOW + 1], 1, watch)
     if len(ids) < 2:
         return 0.0, 0, 0
     return nats, len(ids) - 1, len(text[encoded.offsets[1][0] :].encode())
 
 
-def token_nats(model: StreamedModel, tokenizer: ChatTokenizer, ids: list[int], first: int) -> float:
+def token_nats(
+    model: StreamedModel, ids: Sequence[int], first: int, watch: Watch | None = None
+) -> float:
     """Nats of `ids[first:]`, each given all before it; `first` is 1 or more."""
-    cache, chunk = model.make_cache(), prefill_chunk(model)
-    for start in range(0, first - 1, chunk):
-        model.advance(mx.array(ids[start : min(start + chunk, first - 1)])[None], cache)
-        mx.clear_cache()
-    words = tokenizer.tokenizer.get_vocab_size()
-    step = min(chunk, max(1, LOGIT_BYTES // (4 * words)))
     nats = 0.0
-    for start in range(first - 1, len(ids) - 1, step):
-        end = min(start + step, len(ids) - 1)
-        logits = model(mx.array(ids[start:end])[None], cache=cache)[0].astype(mx.float32)
-        targets = mx.array(ids[start + 1 : end + 1])[:, None]
-        chosen = mx.take_along_axis(logits, targets, axis=-1)[:, 0]
-        surprise: Any = (mx.logsumexp(logits, axis=-1) - chosen).sum().item()
-        nats += surprise
-        mx.clear_cache()
+    for logits, targets in _logits(model, ids, first):
+        log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        chosen = mx.take_along_axis(log_probabilities, mx.array(list(targets))[:, None], axis=-1)
+        nats -= float(np.array(chosen).sum(dtype=np.float64))
+        if watch is not None:
+            watch(log_probabilities, targets)
     return nats
 
 
-def _finite(value: float | None) -> float | None:
-    """JSON has no word for what a broken model gives."""
-    return value if value is not None and math.isfinite(value) else None
+def _logits(
+    model: StreamedModel, ids: Sequence[int], first: int
+) -> Iterator[tuple[mx.array, Sequence[int]]]:
+    """What is said about `ids[first:]`, a few at a time, and what they are.
+
+    All before goes through the model in the same chunks: an expert that a prompt's end and the
+    reply's beginning share is read once for both.
+    """
+    cache, chunk = model.make_cache(), _chunk(model)
+    for start in range(0, len(ids) - 1, chunk):
+        end = min(start + chunk, len(ids) - 1)
+        tokens = mx.array(list(ids[start:end]))[None]
+        if end < first:
+            model.advance(tokens, cache)
+        else:
+            logits = model(tokens, cache=cache)[0]
+            rows = max(1, LOGIT_BYTES // (4 * logits.shape[-1]))
+            for at in range(max(start, first - 1), end, rows):
+                to = min(at + rows, end)
+                yield logits[at - start : to - start].astype(mx.float32), ids[at + 1 : to + 1]
+        mx.clear_cache()
+
+
+def _chunk(model: StreamedModel) -> int:
+    text = model.config.get("text_config", model.config)
+    most = CHUNK_LOGIT_BYTES // (4 * int(text.get("vocab_size") or 1))
+    return min(prefill_chunk(model), max(SMALLEST_CHUNK, most))
 
 
 def _exp(nats: float) -> float:

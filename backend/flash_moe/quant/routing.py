@@ -29,6 +29,18 @@ class Routing:
         finally:
             self._streamer.watch = None
 
+    def taken(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """All counts in a row, in the fewest bytes, and none of them here any longer."""
+        found = np.concatenate(self.counts)
+        for counts in self.counts:
+            counts[:] = 0
+        return found.astype(np.min_scalar_type(int(found.max())))
+
+    def add(self, taken: np.ndarray[Any, np.dtype[Any]]) -> None:
+        ends = np.cumsum([len(counts) for counts in self.counts])
+        for counts, more in zip(self.counts, np.split(taken, ends[:-1]), strict=True):
+            counts += more.astype(np.int64)
+
     def _add(self, layer: int, chosen: U32) -> None:
         counts = self.counts[layer]
         counts += np.bincount(chosen.reshape(-1), minlength=len(counts))
