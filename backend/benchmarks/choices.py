@@ -26,8 +26,8 @@ from flash_moe.engine import Engine
 from flash_moe.experts.residency import Residency
 from flash_moe.kernels.gpu import U32
 from flash_moe.model.load import Settings
-from flash_moe.quant.evaluate import expected
 from flash_moe.quant.held_out import read_held_out
+from flash_moe.quant.replies import expected
 
 
 class SmallCache:
@@ -73,7 +73,7 @@ def documents(engine: Engine, options: argparse.Namespace) -> Iterator[tuple[str
     for dialogue in held_out.dialogues:
         seen[dialogue.kind] = seen.get(dialogue.kind, 0) + 1
         if seen[dialogue.kind] <= options.dialogues:
-            prompt, reply = expected(engine, dialogue)
+            prompt, reply, *_ = expected(engine, dialogue)
             yield "replies", [*prompt, *reply], len(prompt)
 
 

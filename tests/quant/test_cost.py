@@ -63,6 +63,25 @@ def test_a_chunk_reads_an_expert_once(
     assert streamer.reader.counters.experts - before == sum(calls)
 
 
+@pytest.mark.parametrize("settings", [Settings(), Settings(prefer_cached=0.2)])
+def test_what_is_foreseen_is_computed_as_a_reply_is(settings: Settings, demo_folder: Path) -> None:
+    """Whatever was computed before; and a prompt as a prompt, where that makes a difference."""
+    engine = Engine.load(demo_folder, settings, prefix=None)
+    streamer, seen = engine.model.streamer, list[tuple[str, int]]()
+    streamer.watch = lambda layer, chosen: seen.append((streamer.occasion, len(chosen)))
+    ids = np.random.default_rng(0).integers(500, size=60).tolist()
+    for first, whole, apart in (
+        (1, [("reply", 59)], [("reply", 59)]),
+        (40, [("reply", 59)], [("prompt", 39), ("reply", 20)]),
+    ):
+        seen.clear()
+        streamer.occasion = "grammar"
+        token_nats(engine.model, ids, first)
+        layers = engine.model.plan.layers
+        assert seen[::layers] == (apart if settings.prefer_cached else whole)
+    engine.close()
+
+
 def test_chunks_whose_logits_would_be_too_many(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

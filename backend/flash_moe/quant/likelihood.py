@@ -107,11 +107,13 @@ def _logits(
     """What is said about `ids[first:]`, a few at a time, and what they are.
 
     All before goes through the model in the same chunks: an expert that a prompt's end and the
-    reply's beginning share is read once for both.
+    reply's beginning share is read once for both. Unless they are to use experts differently.
     """
-    cache, chunk = model.make_cache(), _chunk(model)
-    for start in range(0, len(ids) - 1, chunk):
-        end = min(start + chunk, len(ids) - 1)
+    cache, chunk, choice = model.make_cache(), _chunk(model), model.plan.choice
+    apart = choice is not None and choice.needs_host
+    for start, end in _chunks(len(ids) - 1, chunk, first - 1 if apart else 0):
+        # What is foreseen is what a reply would say, so it is computed as one is.
+        model.streamer.occasion = "prompt" if end < first else "reply"
         tokens = mx.array(list(ids[start:end]))[None]
         if end < first:
             model.advance(tokens, cache)
@@ -122,6 +124,13 @@ def _logits(
                 to = min(at + rows, end)
                 yield logits[at - start : to - start].astype(mx.float32), ids[at + 1 : to + 1]
         mx.clear_cache()
+
+
+def _chunks(total: int, chunk: int, border: int) -> Iterator[tuple[int, int]]:
+    """Of `total` tokens, with none across the border."""
+    for begin, stop in ((0, border), (border, total)):
+        for start in range(begin, stop, chunk):
+            yield start, min(start + chunk, stop)
 
 
 def _chunk(model: StreamedModel) -> int:
