@@ -69,6 +69,9 @@ class Manifest:
     def expert_bytes(self) -> int:
         return sum(layer.experts * layer.layout.stride for layer in self.layers)
 
+    def layer(self, path: str) -> PackedLayer:
+        return next(layer for layer in self.layers if layer.path == path)
+
     def to_json(self) -> dict[str, Any]:
         layouts = list(dict.fromkeys(layer.layout for layer in self.layers))
         return {

@@ -8,11 +8,24 @@ from dataclasses import dataclass
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
 SCALE_TYPES = ("bfloat16", "float16", "float32")
+# Set in the slot number of a pair that is computed from both planes of its expert.
+WHOLE = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """The second plane of a matrix of 4 bits: byte offsets of the low halves of its codes, and of
+    the scales and biases for whole codes."""
+
+    weight: int
+    scales: int
+    biases: int
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One projection of one expert: `rows × columns`, affine, its parts at byte offsets."""
+    """One projection of one expert: `rows × columns`, affine, its parts at byte offsets. With a
+    rest, 2 bits are what the first plane has, and weight, scales and biases are its own."""
 
     rows: int
     columns: int
@@ -22,6 +35,7 @@ class Matrix:
     weight: int
     scales: int
     biases: int
+    rest: Rest | None = None
 
 
 @dataclass(frozen=True, slots=True)
