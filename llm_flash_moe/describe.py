@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flash_moe.checkpoint.plan import Plan
-    from flash_moe.checkpoint.recast import Recast
+    from flash_moe.checkpoint.recast import Change
 
 
 def describe(name: str, plan: Plan) -> str:
@@ -14,7 +14,9 @@ def describe(name: str, plan: Plan) -> str:
     k = f"{plan.experts_per_token} a token"
     if plan.experts_per_token != own:
         k += f" (fewer than the model's own {own}: faster, less exact)"
-    changed = f"  less exact: {plan.requantized}\n" if plan.requantized else ""
+    changed = f"{plan.requantized}\n" if plan.requantized else ""
+    if plan.requantized:
+        changed = "  " + ("" if plan.requantized.planes else "less exact: ") + changed
     return (
         f"{name}: {plan.architecture}, {plan.bits}, {plan.form}\n"
         f"  experts   {plan.experts} in each of {plan.layers} layers, {k}\n"
@@ -26,12 +28,12 @@ def describe(name: str, plan: Plan) -> str:
     )
 
 
-def describe_quantizing(recast: Recast) -> str:
+def describe_quantizing(change: Change) -> str:
     from flash_moe.measure.stats import peak_rss
 
-    spent = recast.spent
+    spent = change.spent
     return (
-        f"Quantized {size(spent.nbytes)} of experts ({recast.method}) at "
+        f"Quantized {size(spent.nbytes)} of experts ({change.method}) at "
         f"{spent.nbytes / spent.cpu_seconds / 1e9:.2g} GB/s a core, "
         f"{spent.nbytes / spent.seconds / 1e9:.2g} GB/s in all; "
         f"peak memory {size(peak_rss())}"

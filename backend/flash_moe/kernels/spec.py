@@ -8,14 +8,14 @@ from dataclasses import dataclass
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
 SCALE_TYPES = ("bfloat16", "float16", "float32")
-# Set in the slot number of a pair that is computed from both planes of its expert.
+# Set in a pair's slot number: the pair is computed from both planes of its record.
 WHOLE = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """The second plane of a matrix of 4 bits: byte offsets of the low halves of its codes, and of
-    the scales and biases for whole codes."""
+    """The second plane of a matrix: the low two bits of 4-bit codes, whose high two bits are the
+    first plane, and the scales and biases of the 4-bit weights."""
 
     weight: int
     scales: int
@@ -24,8 +24,8 @@ class Rest:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One projection of one expert: `rows × columns`, affine, its parts at byte offsets. With a
-    rest, 2 bits are what the first plane has, and weight, scales and biases are its own."""
+    """One projection of one expert: `rows × columns`, affine, its parts at byte offsets. Where it
+    has a rest these are the first plane's, which can be computed from alone."""
 
     rows: int
     columns: int
