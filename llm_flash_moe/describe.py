@@ -14,14 +14,16 @@ def describe(name: str, plan: Plan) -> str:
     k = f"{plan.experts_per_token} a token"
     if plan.experts_per_token != own:
         k += f" (fewer than the model's own {own}: faster, less exact)"
-    changed = f"{plan.requantized}\n" if plan.requantized else ""
-    if plan.requantized:
-        changed = "  " + ("" if plan.requantized.planes else "less exact: ") + changed
+    changed = f"  less exact: {plan.requantized}\n" if plan.requantized else ""
+    first = ""
+    if plan.first_bytes is not None:
+        changed = f"  {plan.requantized}\n"
+        first = f", of which a first plane is {size(plan.first_bytes)}"
     return (
         f"{name}: {plan.architecture}, {plan.bits}, {plan.form}\n"
         f"  experts   {plan.experts} in each of {plan.layers} layers, {k}\n"
         f"{changed}"
-        f"  on disk   {size(plan.expert_bytes)} of experts, {size(plan.record_bytes)} each\n"
+        f"  on disk   {size(plan.expert_bytes)} of experts, {size(plan.record_bytes)} each{first}\n"
         f"  in memory {size(plan.resident_bytes)} of weights, {size(plan.bank_bytes)} bank\n"
         f"  a token   reads up to {size(plan.token_bytes)}: at 5 GB/s and nothing cached "
         f"{plan.tokens_per_second(5e9):,.1f} tokens/s at most"

@@ -148,7 +148,7 @@ class StreamedSwitch(nn.Module):
     def _fit(self, experts: list[int]) -> bool:
         return len(experts) <= int(self._streamer.bank.lane_slots)
 
-    def _slots(self, chosen: U32, whole: Flags | None) -> tuple[list[int], U32]:
+    def _slots(self, chosen: U32, whole: Whole) -> tuple[list[int], U32]:
         """The experts to read, and for every (token, choice) pair its expert's place among them,
         marked where it is computed from both planes."""
         if self._streamer.watch is not None:
