@@ -124,6 +124,10 @@ def test_a_pack_says_so(packed: Path, demo_folder: Path) -> None:
     assert before["quantization"] == after["quantization"]
 
 
+def test_another_choice_is_told_apart() -> None:
+    assert make_planes().to_json() == {"method": "two planes"}
+
+
 def test_what_was_spent_is_counted(demo_folder: Path, tmp_path: Path) -> None:
     planes = make_planes()
     plan_pack(open_folder(demo_folder), tmp_path / "pack", recast=planes).write()

@@ -75,13 +75,15 @@ def test_an_edited_layout_is_refused_or_one_of_ours(layout: Layout, data: st.Dat
 @given(plane_layouts(), st.data())
 @settings(max_examples=200, deadline=None)
 def test_half_a_plane_is_refused(layout: Layout, data: st.DataObject) -> None:
-    """A part left out, of another shape or type, or in another place; or codes of other bits."""
+    """A part left out, or in another place; of another shape or type; or codes of other bits."""
     arrays = [(part.projection, part.param, part.dtype, part.shape) for part in layout.parts]
     packing = list(layout.quantization)
     matrix = [i for i, a in enumerate(arrays) if a[1] != "bias"]
     at = data.draw(st.sampled_from(matrix))
     name, param, dtype, shape = arrays[at]
-    match data.draw(st.sampled_from(["leave out", "shape", "type", "bits", "mode", "place"])):
+    match data.draw(
+        st.sampled_from(["leave out", "shape", "type", "types", "bits", "mode", "place"])
+    ):
         case "leave out":
             del arrays[at]
         case "shape":
@@ -89,6 +91,11 @@ def test_half_a_plane_is_refused(layout: Layout, data: st.DataObject) -> None:
             arrays[at] = name, param, dtype, grown
         case "type":
             arrays[at] = name, param, "uint16", shape
+        case "types":
+            both = dict(zip((*CODES, *RESTS), (*RESTS, *CODES), strict=True))[param]
+            for i, (other, its, _, size) in enumerate(arrays):
+                if other == name and its in (param, both):
+                    arrays[i] = other, its, "uint16", size
         case "place":
             arrays.insert(0, arrays.pop())
         case change:

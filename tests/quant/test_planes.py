@@ -146,6 +146,14 @@ def test_both_planes_are_the_source_and_the_first_is_the_line(
     assert np.all(np.abs(offset - centered) <= unit * np.abs(centered) + 1e-6)
 
 
+def test_light_columns_count_where_nothing_else_does() -> None:
+    """One code of another high half, however light: the line goes through both."""
+    codes, importance = np.full((1, 64), 5, np.uint8), np.ones(64, np.float32)
+    codes[0, 7], importance[7] = 14, 1e-5
+    line = fit_line(words(codes, 4), 64, importance)
+    assert line.slope == pytest.approx(9 / 2)
+
+
 def test_gaussian_weights() -> None:
     mx.random.seed(5)
     weights = mx.random.normal((256, 1024))
