@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,10 @@ from llm_flash_moe.doctor import doctor
 from llm_flash_moe.errors import PluginError, shown
 from llm_flash_moe.evaluate import evaluate
 from llm_flash_moe.progress import byte_bar
-from llm_flash_moe.synth import synth
 
 if TYPE_CHECKING:
     from flash_moe.checkpoint.plan import Plan
-    from flash_moe.checkpoint.recast import Change
+    from flash_moe.checkpoint.recast import Change, Recast
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON")
 FOLDER = click.Path(path_type=Path)
@@ -37,7 +36,6 @@ def flash_moe() -> None:
 flash_moe.add_command(cache)
 flash_moe.add_command(doctor)
 flash_moe.add_command(evaluate)
-flash_moe.add_command(synth)
 
 
 @flash_moe.command()
@@ -80,9 +78,7 @@ def add(path: Path, name: str | None, experts: int | None) -> None:
     type=click.Choice(["fit", "minmax"]),
     help="With --bits: least squares (fit), or extremes alone, to compare with",
 )
-@click.option(
-    "--planes", is_flag=True, help="4-bit experts in two halves: one read gives 2 bits, both all 4"
-)
+@click.option("--planes", is_flag=True, help="4-bit experts in two halves: one alone is 2-bit")
 def pack(
     source: Path,
     name: str | None,
@@ -105,9 +101,10 @@ def pack(
         raise click.UsageError("--planes keeps all 4 bits: it goes without --bits.")
     from flash_moe.checkpoint.folder import open_folder
     from flash_moe.checkpoint.pack import plan_pack
+    from flash_moe.quant.planes import make_planes
 
     with shown():
-        change = _change(bits, group_size, method, planes)
+        change: Change | None = make_planes() if planes else _recast(bits, group_size, method)
         suffix = "-planes" if planes else f"-{bits}bit" if bits else ""
         source, name = source.expanduser().resolve(), name or default_name(source) + suffix
         registry = places.registry()
@@ -208,17 +205,65 @@ def path(name: str | None) -> None:
         click.echo(places.registry().get(name).path if name else places.home())
 
 
+@flash_moe.command()
+@click.option("--name", default="flash-moe-demo", show_default=True, help="Name for llm -m")
+@click.option(
+    "--shape",
+    type=click.Choice(["small", "397b"]),
+    default="small",
+    show_default=True,
+    help="Widths: of a demo, or of Qwen3.5-397B-A17B",
+)
+@click.option("--layers", type=click.IntRange(4), help="Layers, instead of the shape's")
+@click.option("--experts", type=click.IntRange(1), help="Experts a layer, instead of the shape's")
+@click.option(
+    "--bits",
+    type=click.Choice(["2", "3", "4", "6", "8"]),
+    default="4",
+    show_default=True,
+    help="Bits of a weight",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Another seed, other weights")
+@click.option("--to", type=FOLDER, help="Folder to write the model into, instead of llm's own")
+def synth(
+    name: str,
+    shape: str,
+    layers: int | None,
+    experts: int | None,
+    bits: str,
+    seed: int,
+    to: Path | None,
+) -> None:
+    """Make a model of random weights, to try things out and to measure.
+
+    It has the architecture of Qwen3.5-MoE and answers with noise. The shape 397b has the true
+    widths; with 15 layers at 2 bits it takes 32 GB.
+    """
+    from flash_moe.checkpoint.synth import SHAPES, nbytes, synthesize
+
+    with shown():
+        registry = places.registry()
+        registry.require_free(name)
+        chosen = {"layers": layers, "experts": experts}
+        made = replace(SHAPES[shape], **{key: n for key, n in chosen.items() if n is not None})
+        kind: dict[str, Any] = {
+            "bits": int(bits),
+            "dtype": "float32" if shape == "small" else "bfloat16",
+        }
+        # A token cannot use more experts than there are.
+        made = replace(made, experts_per_token=min(made.experts_per_token, made.experts))
+        target = places.new_folder(name, to)
+        with byte_bar(f"Writing {name}", nbytes(made, **kind)) as progress:
+            synthesize(target, made, seed=seed, progress=progress, **kind)
+        registry.add(name, Entry(str(target), managed=to is None))
+    click.echo(f"Made {name}, a model of random weights: its replies are noise.")
+
+
 def default_name(path: Path) -> str:
     return path.expanduser().resolve().name.lower()
 
 
-def _change(
-    bits: str | None, group_size: str | None, method: str | None, planes: bool
-) -> Change | None:
-    if planes:
-        from flash_moe.quant.planes import make_planes
-
-        return make_planes()
+def _recast(bits: str | None, group_size: str | None, method: str | None) -> Recast | None:
     if bits is None:
         return None
     from flash_moe.quant.requantize import make_recast
