@@ -23,7 +23,7 @@ from llm_flash_moe.progress import byte_bar
 
 if TYPE_CHECKING:
     from flash_moe.checkpoint.plan import Plan
-    from flash_moe.checkpoint.recast import Recast
+    from flash_moe.checkpoint.recast import Change, Recast
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON")
 FOLDER = click.Path(path_type=Path)
@@ -80,6 +80,7 @@ def add(path: Path, name: str | None, experts: int | None) -> None:
     type=click.Choice(["fit", "minmax"]),
     help="With --bits: least squares (fit), or extremes alone, to compare with",
 )
+@click.option("--planes", is_flag=True, help="4-bit experts in two halves: one alone is 2-bit")
 def pack(
     source: Path,
     name: str | None,
@@ -88,6 +89,7 @@ def pack(
     bits: str | None,
     group_size: str | None,
     method: str | None,
+    planes: bool,
 ) -> None:
     """Write a copy of a checkpoint whose experts are quick to read.
 
@@ -97,24 +99,27 @@ def pack(
     for option, given in (("--group-size", group_size), ("--method", method)):
         if given and not bits:
             raise click.UsageError(f"{option} goes with --bits.")
+    if planes and bits:
+        raise click.UsageError("--planes keeps all 4 bits: it goes without --bits.")
     from flash_moe.checkpoint.folder import open_folder
     from flash_moe.checkpoint.pack import plan_pack
+    from flash_moe.quant.planes import make_planes
 
     with shown():
-        recast = _recast(bits, group_size, method)
-        suffix = f"-{bits}bit" if bits else ""
+        change: Change | None = make_planes() if planes else _recast(bits, group_size, method)
+        suffix = "-planes" if planes else f"-{bits}bit" if bits else ""
         source, name = source.expanduser().resolve(), name or default_name(source) + suffix
         registry = places.registry()
         registry.require_free(name)
         target = places.new_folder(name, to)
         target.parent.mkdir(parents=True, exist_ok=True)
-        job = plan_pack(open_folder(source), target, experts, recast)
+        job = plan_pack(open_folder(source), target, experts, change)
         with byte_bar(f"Packing {name}", job.nbytes) as progress:
             job.write(progress)
         registry.add(name, Entry(str(target), experts, managed=to is None))
         plan = _plan(target, None)
-    if recast is not None and recast.spent.nbytes:
-        click.echo(describe_quantizing(recast))
+    if change is not None and change.spent.nbytes:
+        click.echo(describe_quantizing(change))
     click.echo(describe(name, plan))
     click.echo(f'Ready: llm -m {name} "your prompt"')
 

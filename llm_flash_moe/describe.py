@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flash_moe.checkpoint.plan import Plan
-    from flash_moe.checkpoint.recast import Recast
+    from flash_moe.checkpoint.recast import Change
 
 
 def describe(name: str, plan: Plan) -> str:
@@ -15,23 +15,27 @@ def describe(name: str, plan: Plan) -> str:
     if plan.experts_per_token != own:
         k += f" (fewer than the model's own {own}: faster, less exact)"
     changed = f"  less exact: {plan.requantized}\n" if plan.requantized else ""
+    first = ""
+    if plan.first_bytes is not None:
+        changed = f"  {plan.requantized}\n"
+        first = f", of which a first plane is {size(plan.first_bytes)}"
     return (
         f"{name}: {plan.architecture}, {plan.bits}, {plan.form}\n"
         f"  experts   {plan.experts} in each of {plan.layers} layers, {k}\n"
         f"{changed}"
-        f"  on disk   {size(plan.expert_bytes)} of experts, {size(plan.record_bytes)} each\n"
+        f"  on disk   {size(plan.expert_bytes)} of experts, {size(plan.record_bytes)} each{first}\n"
         f"  in memory {size(plan.resident_bytes)} of weights, {size(plan.bank_bytes)} bank\n"
         f"  a token   reads up to {size(plan.token_bytes)}: at 5 GB/s and nothing cached "
         f"{plan.tokens_per_second(5e9):,.1f} tokens/s at most"
     )
 
 
-def describe_quantizing(recast: Recast) -> str:
+def describe_quantizing(change: Change) -> str:
     from flash_moe.measure.stats import peak_rss
 
-    spent = recast.spent
+    spent = change.spent
     return (
-        f"Quantized {size(spent.nbytes)} of experts ({recast.method}) at "
+        f"Quantized {size(spent.nbytes)} of experts ({change.method}) at "
         f"{spent.nbytes / spent.cpu_seconds / 1e9:.2g} GB/s a core, "
         f"{spent.nbytes / spent.seconds / 1e9:.2g} GB/s in all; "
         f"peak memory {size(peak_rss())}"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from flash_moe.checkpoint.headers import DTYPE_BITS
 from flash_moe.checkpoint.synth import Shape, synthesize
 from flash_moe.experts.layout import DTYPE_BYTES, Layout, Quantization, make_layout
+from flash_moe.quant.planes import make_planes
 
 # The smallest Qwen3.5-MoE: both kinds of attention, four switch layers, 0.4 s to write.
 TINY = Shape(layers=4, experts=4, hidden=128, intermediate=64)
@@ -73,6 +74,22 @@ def layouts(draw: st.DrawFn) -> Layout:
         Quantization, st.integers(1, 8), st.sampled_from([32, 64]), st.sampled_from(["affine"])
     )
     return make_layout(arrays, [(name, draw(quantizations)) for name in projections])
+
+
+@st.composite
+def plane_layouts(draw: st.DrawFn) -> Layout:
+    """Of records in two planes, some with a bias beside each matrix."""
+    packing = Quantization(4, draw(st.sampled_from([32, 64, 128])), "affine")
+    dtype, bias = draw(st.sampled_from(["bfloat16", "float16", "float32"])), draw(st.booleans())
+    names = draw(st.sampled_from([["gate_proj", "up_proj", "down_proj"], ["fc1", "fc2"]]))
+    arrays: list[tuple[str, str, str, tuple[int, ...]]] = []
+    for name in names:
+        rows, groups = draw(st.integers(1, 40)), draw(st.integers(1, 4))
+        arrays.append((name, "weight", "uint32", (rows, groups * packing.group_size // 8)))
+        arrays += [(name, param, dtype, (rows, groups)) for param in ("scales", "biases")]
+        arrays += [(name, "bias", dtype, (rows,))] if bias else []
+    source = make_layout(arrays, [(name, packing) for name in names])
+    return make_planes().layout(source, "switch")
 
 
 @st.composite

@@ -15,9 +15,11 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from flash_moe.checkpoint.switches import record_layout, shell
 from flash_moe.experts.bank import Bank
+from flash_moe.experts.layout import Layout
 from flash_moe.experts.reader import Reader
 from flash_moe.experts.store import ExpertStore, packed_layer
 from flash_moe.experts.streamed import StreamedSwitch, Streamer
+from flash_moe.kernels.fused import Kernels
 
 # Every mode that mlx-lm can load: (mode, bits, group size).
 QUANTIZATIONS = [
@@ -46,14 +48,27 @@ def make_switch(kind: str, quantization: tuple[str, int, int] | None, bias: bool
 def stream(switch: nn.Module, folder: Path, slots: int) -> StreamedSwitch:
     """The same layer, its experts in a file."""
     layout = record_layout(switch)
+    arrays = {part.name: switch[part.projection][part.param] for part in layout.parts}
+    return serve(switch, layout, arrays, folder, slots)
+
+
+def serve(
+    switch: nn.Module,
+    layout: Layout,
+    arrays: dict[str, mx.array],
+    folder: Path,
+    slots: int,
+    kernels: Kernels | None = None,
+) -> StreamedSwitch:
+    """A layer like `switch` with these records, all experts' arrays by part."""
     records = np.zeros((EXPERTS, layout.stride), np.uint8)
     for part in layout.parts:
-        array = switch[part.projection][part.param]
+        array = arrays[part.name]
         raw = np.array(mx.contiguous(array).reshape(EXPERTS, -1).view(mx.uint8))
         records[:, part.offset : part.offset + part.nbytes] = raw
     (folder / "layer").write_bytes(records.tobytes())
     store = ExpertStore([packed_layer("switch", EXPERTS, layout, folder / "layer")])
-    streamer = Streamer(store, Reader(threads=2), Bank(slots, layout.stride))
+    streamer = Streamer(store, Reader(threads=2), Bank(slots, layout.stride), kernels)
     fresh = SwitchGLU if isinstance(switch, SwitchGLU) else SwitchMLP
     bias = any(part.param == "bias" for part in layout.parts)
     inner = shell(fresh(HIDDEN, INNER, EXPERTS, bias=bias), layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,10 @@ def test_another_choice_does_not_go_on_with_it(
 
 
 def half_made(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half_made_by(lambda: pack(source, target), monkeypatch)
+
+
+def half_made_by(pack: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted in the third layer."""
     write = pack_module.recast_records
     calls = []
@@ -301,7 +306,7 @@ def half_made(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with monkeypatch.context() as patch:
         patch.setattr(pack_module, "recast_records", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            pack(source, target)
+            pack()
 
 
 def test_what_cannot_be_requantized_is_refused_before_anything_is_written(tmp_path: Path) -> None:

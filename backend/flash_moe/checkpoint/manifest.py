@@ -21,6 +21,8 @@ from flash_moe.experts.layout import Layout, layout_from_json
 MANIFEST = "flash-moe.json"
 FORMAT = "flash-moe-pack"
 VERSION = 1
+# The method of a pack that changes no weight where both planes are read.
+TWO_PLANES = "two planes"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 
 
@@ -43,14 +45,21 @@ class PackedLayer:
 
 @dataclass(frozen=True, slots=True)
 class Requantized:
-    """That routed experts were given fewer bits than their `source` has, and how."""
+    """That routed experts were given fewer bits than their `source` has, and how. In two planes
+    they have its own bits too."""
 
     bits: int
     group_size: int
     method: str
     source: str
 
+    @property
+    def planes(self) -> bool:
+        return self.method == TWO_PLANES
+
     def __str__(self) -> str:
+        if self.planes:
+            return f"experts in two planes: {self.bits}-bit, or {self.source} as they were"
         return f"experts requantized from {self.source} to {self.bits}-bit ({self.method})"
 
 
@@ -68,6 +77,9 @@ class Manifest:
     @property
     def expert_bytes(self) -> int:
         return sum(layer.experts * layer.layout.stride for layer in self.layers)
+
+    def layer(self, path: str) -> PackedLayer:
+        return next(layer for layer in self.layers if layer.path == path)
 
     def to_json(self) -> dict[str, Any]:
         layouts = list(dict.fromkeys(layer.layout for layer in self.layers))

@@ -29,7 +29,7 @@ from flash_moe.checkpoint.manifest import (
     PackedLayer,
     is_file_name,
 )
-from flash_moe.checkpoint.recast import Recast
+from flash_moe.checkpoint.recast import Change
 from flash_moe.checkpoint.records import compute_records, copy_records, forget, recast_records
 from flash_moe.checkpoint.skeleton import Skeleton, open_skeleton
 from flash_moe.errors import CheckpointError, NoSpace, NotContiguous
@@ -52,7 +52,7 @@ class PackJob:
     skeleton: Skeleton
     target: Path
     experts_per_token: int | None
-    recast: Recast | None = None
+    recast: Change | None = None
 
     @property
     def expert_bytes(self) -> int:
@@ -167,7 +167,7 @@ class PackJob:
 
 
 def plan_pack(
-    folder: Folder, target: Path, experts: int | None = None, recast: Recast | None = None
+    folder: Folder, target: Path, experts: int | None = None, recast: Change | None = None
 ) -> PackJob:
     """Check what can be checked before a byte is written."""
     if folder.manifest is not None:
@@ -177,9 +177,9 @@ def plan_pack(
     job = PackJob(folder, open_skeleton(folder), target, experts, recast)
     if recast is not None:
         sources = {path: job.skeleton.layout(path) for path in job.skeleton.switches}
-        recast.summary(sources.values())
         for path, source in sources.items():
             recast.layout(source, path)
+        recast.summary(sources.values())
     return job
 
 

@@ -34,14 +34,17 @@ class Plan:
     token_bytes: int
     requantized: Requantized | None = None
     choice: Choice | None = None
+    # Of a record in two planes, what is read of it for the first alone.
+    first_bytes: int | None = None
 
     @property
     def lossy(self) -> list[str]:
         """What makes it less exact than the checkpoint, in words; empty if nothing does."""
         k = self.experts_per_token
         choice = self.choice or Choice(k, k, renormalise=False)
-        made = [str(self.requantized)] if self.requantized else []
-        return choice.lossy(self.own_experts_per_token) + made
+        # Two planes lose nothing where both are read, and the choice says where they are not.
+        made = self.requantized if self.requantized and not self.requantized.planes else None
+        return choice.lossy(self.own_experts_per_token) + ([str(made)] if made else [])
 
     @property
     def pack_bytes(self) -> int:
@@ -86,6 +89,7 @@ def make_plan(skeleton: Skeleton, own_experts_per_token: int, bank_bytes: int = 
         bank_bytes=slots * max(layout.stride for layout in layouts.values()),
         token_bytes=sum(k * layout.nbytes for layout in layouts.values()),
         requantized=manifest.requantized if manifest else None,
+        first_bytes=widest.first_bytes if widest.planes else None,
     )
 
 

@@ -1,4 +1,5 @@
-"""Routed experts with fewer bits, on their way into a pack. Everything else stays as it is.
+"""What is done to routed experts on their way into a pack, while everything else stays as it is;
+and the first such thing, fewer bits.
 
 Knows records and configs; how weights become codes is given from above (flash_moe.quant).
 """
@@ -7,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,10 +17,8 @@ import mlx.core as mx
 
 from flash_moe.checkpoint.manifest import Requantized
 from flash_moe.errors import OptionError
-from flash_moe.experts.layout import Layout, Quantization, make_layout
+from flash_moe.experts.layout import CODES, FLOATS, Layout, Quantization, make_layout
 
-FLOATS = ("bfloat16", "float16", "float32")
-CODES = ("weight", "scales", "biases")
 Arrays = dict[str, mx.array]
 
 
@@ -36,6 +36,39 @@ class Spent:
     cpu_seconds: float = 0.0
     seconds: float = 0.0
 
+    @contextmanager
+    def on(self, arrays: Arrays) -> Iterator[None]:
+        start, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.cpu_seconds += time.process_time() - cpu
+        self.seconds += time.perf_counter() - start
+        self.nbytes += sum(arrays[name].nbytes for name in CODES if name in arrays)
+
+
+class Change(Protocol):
+    """What `pack` asks of it, with every source layout given by the path of its switch layer."""
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def spent(self) -> Spent: ...
+
+    def to_json(self) -> dict[str, Any]:
+        """What another choice is told by."""
+
+    def layout(self, source: Layout, path: str) -> Layout:
+        """The record that comes of a source's; OptionError if it cannot be."""
+
+    def projection(self, arrays: Arrays, source: Quantization | None) -> Arrays:
+        """One projection of one expert, changed: its arrays by parameter."""
+
+    def config(self, config: dict[str, Any], layouts: dict[str, Layout]) -> dict[str, Any]:
+        """A config that says so, as mlx-lm's loader looks it up."""
+
+    def summary(self, layouts: Iterable[Layout]) -> Requantized:
+        """For the manifest, of layouts that `layout` takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recast:
@@ -48,14 +81,12 @@ class Recast:
     spent: Spent = field(default_factory=Spent, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """What another choice is told by."""
         return {"bits": self.bits, "group_size": self.group_size, "method": self.method}
 
     def changes(self, quantization: Quantization | None) -> bool:
         return quantization is None or quantization.bits > self.bits
 
     def layout(self, source: Layout, path: str) -> Layout:
-        """The record that comes of a source's; OptionError if it cannot be."""
         arrays: list[tuple[str, str, str, tuple[int, ...]]] = []
         quantization: list[tuple[str, Quantization | None]] = []
         for name, old in source.quantization:
@@ -74,19 +105,15 @@ class Recast:
         return make_layout(arrays, quantization)
 
     def projection(self, arrays: Arrays, source: Quantization | None) -> Arrays:
-        """One projection of one expert, recast: its arrays by parameter."""
         if not self.changes(source):
             return arrays
-        start, cpu = time.perf_counter(), time.process_time()
-        made = self.quantize(arrays, source, self.bits, self.group_size)
-        mx.eval(made)
-        self.spent.cpu_seconds += time.process_time() - cpu
-        self.spent.seconds += time.perf_counter() - start
-        self.spent.nbytes += sum(arrays[name].nbytes for name in CODES if name in arrays)
+        with self.spent.on(arrays):
+            made = self.quantize(arrays, source, self.bits, self.group_size)
+            mx.eval(made)
         return {**arrays, **dict(zip(CODES, made, strict=True))}
 
     def config(self, config: dict[str, Any], layouts: dict[str, Layout]) -> dict[str, Any]:
-        """A config that says so of every matrix, as mlx-lm's loader looks it up."""
+        """It says so of every matrix."""
         changed = copy.deepcopy(config)
         # Without quantization of its own, the rest of the model has no scales and stays plain.
         own = {"group_size": self.group_size, "bits": self.bits, "mode": "affine"}
@@ -100,7 +127,7 @@ class Recast:
         return changed
 
     def summary(self, layouts: Iterable[Layout]) -> Requantized:
-        """For the manifest. Refuses to change nothing."""
+        """Refuses to change nothing."""
         layouts = list(layouts)
         source = " and ".join(dict.fromkeys(layout.bits for layout in layouts))
         if not any(self.changes(old) for layout in layouts for _, old in layout.quantization):

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from flash_moe.checkpoint.recast import Recast
+from flash_moe.checkpoint.recast import Change
 from flash_moe.checkpoint.skeleton import Skeleton
 from flash_moe.errors import NotContiguous
 from flash_moe.experts.layout import Layout, Part
@@ -88,9 +88,9 @@ def compute_records(
 
 
 def recast_records(
-    file: Path, skeleton: Skeleton, path: str, recast: Recast, progress: Progress
+    file: Path, skeleton: Skeleton, path: str, recast: Change, progress: Progress
 ) -> tuple[list[int], str]:
-    """Records whose weights have other bits; one projection of one expert is computed at a time."""
+    """Records whose weights are changed; one projection of one expert is computed at a time."""
     source = skeleton.layout(path)
     layout, experts = recast.layout(source, path), skeleton.expert_count(path)
     places = {part.name: part.offset for part in layout.parts}

@@ -35,7 +35,7 @@ from flash_moe.checkpoint.switches import (
 )
 from flash_moe.checkpoint.trace import Pieces, View, trace, whole
 from flash_moe.errors import CheckpointError, NotContiguous, UnsupportedModel
-from flash_moe.experts.layout import Layout
+from flash_moe.experts.layout import Layout, joined
 from flash_moe.experts.store import ExpertLayer, Run, packed_layer
 
 # What mlx-lm's models raise on configs and weights that they were not written for.
@@ -68,12 +68,13 @@ class Skeleton:
         return experts_per_token(self.config) or 1
 
     def layout(self, path: str) -> Layout:
+        if self.folder.manifest is not None:
+            return self.folder.manifest.layer(path).layout
         return record_layout(self.switches[path])
 
     def expert_count(self, path: str) -> int:
         if self.folder.manifest is not None:
-            counts = {layer.path: layer.experts for layer in self.folder.manifest.layers}
-            return counts[path]
+            return self.folder.manifest.layer(path).experts
         return expert_count(self.switches[path])
 
     def layers(self) -> list[ExpertLayer]:
@@ -83,7 +84,7 @@ class Skeleton:
     def layer(self, path: str) -> ExpertLayer:
         if self.folder.manifest is None:
             return self._layer_in_place(path)
-        layer = next(layer for layer in self.folder.manifest.layers if layer.path == path)
+        layer = self.folder.manifest.layer(path)
         return packed_layer(path, layer.experts, layer.layout, self.folder.path / layer.file)
 
     def replace(self, make: Callable[[int, nn.Module], nn.Module]) -> None:
@@ -213,7 +214,7 @@ def _expect_pack(model: nn.Module, folder: Folder, switches: dict[str, nn.Module
         )
     for layer in folder.manifest.layers:
         switches[layer.path] = shell(own[layer.path], layer.layout)
-        if _shapes(record_layout(switches[layer.path])) != _shapes(layer.layout):
+        if _shapes(record_layout(switches[layer.path])) != _shapes(joined(layer.layout)):
             raise CheckpointError(
                 f"{folder.path}: the experts of {layer.path} are not of the shapes that this "
                 "mlx-lm builds for its config. Pack the model again."

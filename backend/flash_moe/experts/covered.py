@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from flash_moe.experts.layout import Layout, Part
-from flash_moe.kernels.spec import BITS, GROUP_SIZES, SCALE_TYPES, ExpertSpec, Matrix
-
-PARTS = ("weight", "scales", "biases")
+from flash_moe.experts.layout import CODES, PLANE_BITS, RESTS, Layout, Part
+from flash_moe.kernels.spec import BITS, GROUP_SIZES, SCALE_TYPES, ExpertSpec, Matrix, Rest
 
 
 def expert_spec(layout: Layout, stride: int) -> ExpertSpec | None:
     """The spec of a SwitchGLU's record, or None if a kernel would have to do more than it can."""
     parts = {part.name: part for part in layout.parts}
-    wanted = {f"{p}.{q}" for p in ("gate_proj", "up_proj", "down_proj") for q in PARTS}
+    params = (*CODES, *RESTS) if layout.planes else CODES
+    wanted = {f"{p}.{q}" for p in ("gate_proj", "up_proj", "down_proj") for q in params}
     if parts.keys() != wanted:
         return None
     gate, up, down = (_matrix(layout, parts, p) for p in ("gate_proj", "up_proj", "down_proj"))
@@ -25,7 +24,7 @@ def expert_spec(layout: Layout, stride: int) -> ExpertSpec | None:
 
 def _matrix(layout: Layout, parts: dict[str, Part], projection: str) -> Matrix | None:
     quantization = dict(layout.quantization)[projection]
-    weight, scales, biases = (parts[f"{projection}.{param}"] for param in PARTS)
+    weight, scales, biases = (parts[f"{projection}.{param}"] for param in CODES)
     if (
         quantization is None
         or quantization.mode != "affine"
@@ -36,13 +35,17 @@ def _matrix(layout: Layout, parts: dict[str, Part], projection: str) -> Matrix |
     ):
         return None
     rows, groups = scales.shape
+    rest = None
+    if layout.planes:
+        rest = Rest(*(parts[f"{projection}.{param}"].offset for param in RESTS))
     return Matrix(
         rows,
         groups * quantization.group_size,
-        quantization.bits,
+        PLANE_BITS if rest else quantization.bits,
         quantization.group_size,
         scales.dtype,
         weight.offset,
         scales.offset,
         biases.offset,
+        rest,
     )

@@ -34,7 +34,8 @@ class Segment(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Run:
     """One or more parts of all experts of a layer that lie together: expert e of it starts at
-    `offsets[e]`, or at `base + e * step` when they are evenly spaced."""
+    `offsets[e]`, or at `base + e * step` when they are evenly spaced. `rest` is the second of two
+    planes: read only with experts that are wanted whole."""
 
     file: Path
     base: int
@@ -43,6 +44,7 @@ class Run:
     at: int
     offsets: tuple[int, ...] = ()
     files: tuple[Path, ...] = ()
+    rest: bool = False
 
     def where(self, expert: int) -> tuple[Path, int]:
         if self.offsets:
@@ -70,10 +72,13 @@ class ExpertStore:
     mode: Mode = "buffered"
     _files: dict[Path, int] = field(default_factory=dict)
 
-    def segments(self, layer: int, expert: int) -> list[Segment]:
-        """What to read for one expert, neighbours on disk and in the slot joined."""
+    def segments(self, layer: int, expert: int, whole: bool = True) -> list[Segment]:
+        """What to read for one expert, or for its first plane; neighbours on disk and in the slot
+        joined."""
         found: list[Segment] = []
         for run in self.layers[layer].runs:
+            if run.rest and not whole:
+                continue
             path, offset = run.where(expert)
             fd = self._files.get(path)
             segment = Segment(self._open(path) if fd is None else fd, offset, run.length, run.at)
@@ -129,6 +134,9 @@ def _touch(left: Segment, right: Segment) -> bool:
 
 
 def packed_layer(path: str, experts: int, layout: Layout, file: Path) -> ExpertLayer:
-    """A layer of a pack: one run, whole strides, so that direct I/O may read it."""
-    run = Run(file, 0, layout.stride, layout.stride, 0)
-    return ExpertLayer(path, experts, layout, (run,))
+    """A layer of a pack: a run a plane, whole strides, so that direct I/O may read it."""
+    stride, first = layout.stride, layout.first_bytes
+    runs = [Run(file, 0, stride, first, 0)]
+    if layout.planes:
+        runs.append(Run(file, first, stride, stride - first, first, rest=True))
+    return ExpertLayer(path, experts, layout, tuple(runs))

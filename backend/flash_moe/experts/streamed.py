@@ -5,23 +5,30 @@ the stacked weights and slot numbers in the place of expert numbers. So the acti
 the sort of large batches and every quantization mode are mlx-lm's code, and the result is the same
 (on a CPU to the bit); only the expert axis is shorter. With kernels, the layers that they cover are
 theirs.
+
+Of a pack in two planes, `whole` says for every pair of a token and an expert whether it is computed
+from both or from the first alone; of any other, it says nothing. An expert is read whole if one of
+its pairs needs it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
 from types import MappingProxyType
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from flash_moe.experts import planes
 from flash_moe.experts.bank import Bank, Lane
 from flash_moe.experts.choice import Occasion, Whole
 from flash_moe.experts.covered import expert_spec
 from flash_moe.experts.layout import Layout
+from flash_moe.experts.planes import PLACE, by_expert
 from flash_moe.experts.reader import Reader, Target
 from flash_moe.experts.store import ExpertStore
 from flash_moe.kernels.fused import Kernels, inverse
@@ -47,6 +54,8 @@ class Streamer:
     occasion: Occasion = "prompt"
     # Told of the experts that every layer's router chose, while somebody counts them.
     watch: Callable[[int, U32], None] | None = None
+    # What pairs are computed from where nobody says it: both planes, or the first.
+    whole: bool = True
 
     def read_back(self, indices: mx.array) -> U32:
         """The experts that a router chose: the one thing a layer needs on the host."""
@@ -55,14 +64,15 @@ class Streamer:
         self.readback_seconds += time.perf_counter() - start
         return chosen
 
-    def load(self, layer: int, experts: list[int]) -> Lane:
-        """Read experts of a layer into the next lane; expert `experts[i]` is in slot i."""
+    def load(self, layer: int, experts: list[int], whole: Iterable[bool] = repeat(True)) -> Lane:
+        """Read experts of a layer, or their first planes, into the next lane; expert `experts[i]`
+        is in slot i."""
         start = time.perf_counter()
         lane = self.bank.take(experts)
         self.fence_seconds += time.perf_counter() - start
         targets: list[Target] = []
-        for expert, buffer in zip(experts, lane.buffers, strict=False):
-            for segment in self.store.segments(layer, expert):
+        for expert, buffer, both in zip(experts, lane.buffers, whole, strict=False):
+            for segment in self.store.segments(layer, expert, both):
                 targets.append((segment, buffer[segment.at : segment.at + segment.length]))
         self.reader.read(targets)
         self.reader.counters.experts += len(experts)
@@ -103,9 +113,9 @@ class StreamedSwitch(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array, whole: Whole = None) -> mx.array:
         chosen = self._streamer.read_back(indices)
-        experts, slots = self._slots(chosen)
+        experts, slots = self._slots(chosen, whole)
         if not self.fused and self._fit(experts):
-            return self._compute(experts, x, mx.array(slots.reshape(chosen.shape)))
+            return self._compute(experts, x, slots.reshape(chosen.shape))
         # One row a token, where x has one.
         x = mx.broadcast_to(x, (*chosen.shape[:-1], x.shape[-1])).reshape(-1, x.shape[-1])
         if len(x) == 1 and self._fit(experts):
@@ -125,11 +135,11 @@ class StreamedSwitch(nn.Module):
     ) -> mx.array:
         """The weighted sum of the experts chosen for x [tokens, hidden], and extras: by kernels."""
         kernels: Kernels = self._streamer.kernels
-        experts, slots = self._slots(chosen)
+        experts, slots = self._slots(chosen, whole)
         if not self._fit(experts) or kernels.prefers_mlx(len(slots), len(experts)):
             rows, place = self._in_groups(x, experts, slots)
             return kernels.combine(rows, place, weights, extras, x.dtype)
-        lane = self._streamer.load(self._layer, experts)
+        lane = self._load(experts, slots)
         local = slots.reshape(chosen.shape)
         output = kernels.mixture(lane, self._spec, x, local, weights, extras)
         lane.fence(output)
@@ -138,27 +148,44 @@ class StreamedSwitch(nn.Module):
     def _fit(self, experts: list[int]) -> bool:
         return len(experts) <= int(self._streamer.bank.lane_slots)
 
-    def _slots(self, chosen: U32) -> tuple[list[int], U32]:
-        """The experts to read, and for every (token, choice) pair its expert's place among them."""
+    def _slots(self, chosen: U32, whole: Whole) -> tuple[list[int], U32]:
+        """The experts to read, and for every (token, choice) pair its expert's place among them,
+        marked where it is computed from both planes."""
         if self._streamer.watch is not None:
             self._streamer.watch(self._layer, chosen)
-        experts, slots = np.unique(chosen, return_inverse=True)
+        experts, places = np.unique(chosen, return_inverse=True)
         self._streamer.widest = max(self._streamer.widest, len(experts))
-        return experts.tolist(), slots.reshape(-1).astype(np.uint32)
+        slots = places.reshape(-1).astype(np.uint32)
+        if self._layout.planes:
+            slots = planes.marked(slots, self._streamer.whole if whole is None else whole.ravel())
+        return experts.tolist(), slots
 
-    def _compute(self, experts: list[int], x: mx.array, local: mx.array) -> mx.array:
-        lane = self._streamer.load(self._layer, experts)
-        bind(self._inner, self._layout, lane)
-        output: mx.array = self._inner(x, local)
+    def _load(self, experts: list[int], slots: U32) -> Lane:
+        whole: Iterable[bool] = repeat(True)
+        if self._layout.planes:
+            whole = planes.wanted_whole(slots, len(experts))
+        lane: Lane = self._streamer.load(self._layer, experts, whole)
+        return lane
+
+    def _compute(self, experts: list[int], x: mx.array, slots: U32) -> mx.array:
+        lane = self._load(experts, slots)
+        output = self._by_mlx(lane.arrays(self._layout), x, slots)
         lane.fence(output)
+        return output
+
+    def _by_mlx(self, arrays: Mapping[str, mx.array], x: mx.array, slots: U32) -> mx.array:
+        if self._layout.planes:
+            return planes.compute(self._inner, self._layout, arrays, x, slots)
+        bind(self._inner, arrays)
+        output: mx.array = self._inner(x, mx.array(slots))
         return output
 
     def _rows(self, x: mx.array, experts: list[int], tokens: U32, slots: U32) -> mx.array:
         """expert_{slots[i]}(x[tokens[i]]) for every i; the experts fit in a lane."""
         kernels: Kernels | None = self._streamer.kernels
         if not self.fused or kernels is None or kernels.prefers_mlx(len(slots), len(experts)):
-            return self._compute(experts, x[mx.array(tokens)], mx.array(slots)[:, None]).squeeze(-2)
-        lane = self._streamer.load(self._layer, experts)
+            return self._compute(experts, x[mx.array(tokens)], slots[:, None]).squeeze(-2)
+        lane = self._load(experts, slots)
         rows = kernels.rows(lane, self._spec, x, tokens, slots)
         lane.fence(rows)
         return rows
@@ -170,11 +197,11 @@ class StreamedSwitch(nn.Module):
         expert is read once. Where computing is lazy, the next group is read while one computes.
         """
         size, k = self._streamer.bank.lane_slots, len(slots) // len(x)
-        order = np.argsort(slots, kind="stable").astype(np.uint32)
+        order = np.argsort(by_expert(slots), kind="stable").astype(np.uint32)
         ordered = slots[order]
         outputs = []
         for first in range(0, len(experts), size):
-            low, high = np.searchsorted(ordered, (first, first + size))
+            low, high = np.searchsorted(ordered & PLACE, (first, first + size))
             group, tokens = experts[first : first + size], order[low:high] // k
             output = self._rows(x, group, tokens, ordered[low:high] - first)
             mx.async_eval(output)
@@ -193,8 +220,8 @@ def covered_spec(streamer: Streamer, layout: Layout, inner: nn.Module) -> Expert
     return expert_spec(layout, streamer.bank.stride)
 
 
-def bind(module: nn.Module, layout: Layout, lane: Lane) -> None:
+def bind(module: nn.Module, arrays: Mapping[str, mx.array]) -> None:
     """Let the projections of mlx-lm's module read from a lane."""
-    for name, array in lane.arrays(layout).items():
+    for name, array in arrays.items():
         projection, param = name.split(".")
         module[projection][param] = array

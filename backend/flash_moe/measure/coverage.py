@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.nn as nn
 
 from flash_moe.checkpoint.skeleton import Skeleton
-from flash_moe.experts.covered import PARTS, expert_spec
-from flash_moe.experts.layout import Layout, Quantization
+from flash_moe.experts.covered import expert_spec
+from flash_moe.experts.layout import CODES, RESTS, Layout, Quantization
 from flash_moe.kernels.spec import BITS, GROUP_SIZES, SCALE_TYPES
 
 
@@ -33,9 +33,9 @@ def _not_taken(layout: Layout) -> str:
     for projection, quantization in layout.quantization:
         if problem := _packing(quantization):
             return f"{projection} {problem}"
-    if more := sorted({part.param for part in layout.parts} - set(PARTS)):
+    if more := sorted({part.param for part in layout.parts} - {*CODES, *RESTS}):
         return f"its projections have a {' and a '.join(more)}"
-    types = {part.dtype for part in layout.parts if part.param in PARTS[1:]}
+    types = {part.dtype for part in layout.parts if part.param in CODES[1:]}
     if len(types) > 1 or not types <= set(SCALE_TYPES):
         return f"its scales and biases are {' and '.join(sorted(types))}"
     return "gate and up are packed in different ways"

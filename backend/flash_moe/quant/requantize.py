@@ -15,9 +15,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flash_moe.checkpoint.recast import CODES, Arrays, Recast
+from flash_moe.checkpoint.recast import Arrays, Recast
 from flash_moe.errors import CheckpointError, OptionError
-from flash_moe.experts.layout import Quantization
+from flash_moe.experts.layout import CODES, Quantization
 from flash_moe.kernels.native_build import NativeUnavailable
 from flash_moe.measure.machine import usable_cores
 from flash_moe.quant.affine import extremes, nearest_codes, pack_codes
@@ -144,13 +144,17 @@ def _values(arrays: Arrays, source: Quantization | None) -> mx.array:
 def _weights(values: mx.array, groups: mx.array, importance: Importance | None) -> mx.array | None:
     if importance is None:
         return None
-    sound = bool((np.isfinite(importance) & (importance >= 0)).all())
-    if importance.shape != values.shape[1:] or not sound:
-        raise ValueError(
-            f"importance has shape {list(importance.shape)} for {values.shape[1]} columns, or "
-            "numbers that are negative or not finite"
-        )
+    require_sound(importance, values.shape[1])
     return mx.broadcast_to(mx.array(importance), values.shape).reshape(groups.shape)
+
+
+def require_sound(importance: Importance, columns: int) -> None:
+    sound = bool((np.isfinite(importance) & (importance >= 0)).all())
+    if importance.shape != (columns,) or not sound:
+        raise ValueError(
+            f"importance has shape {list(importance.shape)} for {columns} columns, or numbers "
+            "that are negative or not finite"
+        )
 
 
 def _to_numpy(array: mx.array) -> npt.NDArray[Any]:
