@@ -34,7 +34,7 @@ def settle(
     ids, odds = (part[:, : choice.ranked] for part in routing)
     if choice.renormalise and not choice.prefer_cached:
         odds = odds / odds[:, : choice.routed].sum(axis=1, keepdims=True)
-    return choice.settle(ids, odds, occasion, cached.__contains__)
+    return choice.settle(ids, odds, occasion, lambda expert, whole: expert in cached)
 
 
 sets = st.frozensets(st.integers(0, EXPERTS - 1))
@@ -115,6 +115,22 @@ def test_the_weightiest_have_all_bits(
     assert (reply.whole == (read & (np.arange(k) < whole))).all()
     assert (prompt.whole == read).all()
     assert settle(Choice(k, k, True), routing).whole is None
+
+
+@given(routings(), st.integers(1, 8), st.integers(0, 9), st.floats(0.01, 0.99), sets)
+def test_the_cache_is_asked_for_what_would_be_read(
+    routing: tuple[np.ndarray, np.ndarray],
+    k: int,
+    whole: int,
+    share: float,
+    cached: frozenset[int],
+) -> None:
+    """With all first planes there, only what is wanted whole can be missing."""
+    choice = Choice(k, k, True, prefer_cached=share, whole=whole)
+    ids, odds = (part[:, : choice.ranked] for part in routing)
+    own = ids[:, :k].copy()
+    after = choice.settle(ids, odds, "reply", lambda expert, both: not both or expert in cached)
+    assert (after.ids == own)[:, whole:].all()
 
 
 def test_what_is_lossy_is_said() -> None:

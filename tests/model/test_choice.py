@@ -32,7 +32,7 @@ def near(found: np.ndarray, wanted: np.ndarray, tolerance: float) -> None:
 
 
 class FirstTwo:
-    def cached(self, layer: int, expert: int) -> bool:
+    def cached(self, layer: int, expert: int, whole: bool) -> bool:
         return expert < 2
 
 
@@ -81,6 +81,13 @@ def _cut_by_hand(model: StreamedModel, keep: int = 9, least: float = 0.0) -> mx.
         return found
     finally:
         block.__call__ = own
+
+
+def test_planes_are_asked_for_where_there_are_some(demo_folder: Path) -> None:
+    with pytest.raises(OptionError, match=r"not in two planes.*pack SOURCE --planes"):
+        load(demo_folder, Settings(whole=2))
+    with pytest.raises(OptionError, match="whole_in goes with whole"):
+        load(demo_folder, Settings(whole_in=("prompt",)))
 
 
 @pytest.mark.parametrize(

@@ -75,40 +75,47 @@ class Choice:
         return max(most, min(2 * most, MAX_CHOSEN)) if self.prefer_cached else most
 
     def settle(
-        self, ids: U32, weights: F32, occasion: Occasion, cached: Callable[[int], bool]
+        self, ids: U32, weights: F32, occasion: Occasion, cached: Callable[[int, bool], bool]
     ) -> Chosen:
         """From the `ranked` best experts of each token, the likeliest first. Their weights are
-        shares of all the probability if cached ones are preferred, else as they are to be."""
+        shares of all the probability if cached ones are preferred, else as they are to be.
+        `cached` tells of an expert whether it is, with both planes or the first."""
         if self.prefer_cached:
             if self.renormalise:
                 weights = weights / weights[:, : self.routed].sum(axis=1, keepdims=True)
             if occasion != "prompt":
-                ids, weights = self._swapped(ids, weights, cached)
+                ids, weights = self._swapped(ids, weights, occasion, cached)
         ids, weights = ids[:, : self.k].copy(), weights[:, : self.k].copy()
         skipped = weights < self.skip_below
         skipped[:, 0] = False
         # Nothing is read for it: the token's first expert is there, and counts for nothing here.
         ids = np.where(skipped, ids[:, :1], ids)
         weights = np.where(skipped, np.float32(0), weights)
-        return Chosen(ids, weights, self._whole(skipped, occasion))
+        whole = None if self.whole is None else self._whole(occasion) & ~skipped
+        return Chosen(ids, weights, whole)
 
-    def _whole(self, skipped: npt.NDArray[np.bool_], occasion: Occasion) -> Whole:
-        if self.whole is None or occasion in self.whole_in:
-            return None if self.whole is None else ~skipped
-        ranks: npt.NDArray[np.bool_] = np.arange(self.k) < self.whole
-        return ranks & ~skipped
+    def _whole(self, occasion: Occasion) -> npt.NDArray[np.bool_]:
+        """By rank."""
+        whole = self.k if self.whole is None or occasion in self.whole_in else self.whole
+        ranks: npt.NDArray[np.bool_] = np.arange(self.k) < whole
+        return ranks
 
-    def _swapped(self, ids: U32, weights: F32, cached: Callable[[int], bool]) -> tuple[U32, F32]:
+    def _swapped(
+        self, ids: U32, weights: F32, occasion: Occasion, cached: Callable[[int, bool], bool]
+    ) -> tuple[U32, F32]:
         """The likeliest of the rest stands in for the least likely of the chosen, and so on
         upwards: so every exchange is between neighbours, as far as can be."""
         ids, weights = ids.copy(), weights.copy()
+        whole = self._whole(occasion).tolist()
         for row, odds in zip(ids, weights, strict=True):
             other = self.k
             for at in reversed(range(self.k)):
-                if cached(int(row[at])):
+                if cached(int(row[at]), whole[at]):
                     continue
                 enough = (1 - self.prefer_cached) * odds[at]
-                while other < len(row) and odds[other] >= enough and not cached(int(row[other])):
+                while other < len(row) and odds[other] >= enough:
+                    if cached(int(row[other]), whole[at]):
+                        break
                     other += 1
                 if other == len(row) or odds[other] < enough:
                     break

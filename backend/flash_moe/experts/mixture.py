@@ -33,7 +33,7 @@ class _Mixture(nn.Module):
             ids,
             np.array(weights, copy=False),
             self._streamer.occasion,
-            lambda expert: residency.cached(layer, expert),
+            lambda expert, whole: residency.cached(layer, expert, whole),
         )
         return chosen
 

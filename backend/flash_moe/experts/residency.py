@@ -28,8 +28,8 @@ class Residency:
     store: ExpertStore
     _maps: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
 
-    def cached(self, layer: int, expert: int) -> bool:
-        return all(self._in_memory(s) for s in self.store.segments(layer, expert))
+    def cached(self, layer: int, expert: int, whole: bool = True) -> bool:
+        return all(self._in_memory(s) for s in self.store.segments(layer, expert, whole))
 
     def _in_memory(self, segment: Segment) -> bool:
         mapped = self._mapped(segment.fd)

@@ -54,8 +54,13 @@ class Streamer:
     occasion: Occasion = "prompt"
     # Told of the experts that every layer's router chose, while somebody counts them.
     watch: Callable[[int, U32], None] | None = None
-    # What pairs are computed from where nobody says it: both planes, or the first.
+    # What pairs are computed from where nobody says it: both planes, or the first; and when both.
     whole: bool = True
+    whole_in: tuple[Occasion, ...] = ()
+
+    @property
+    def all_whole(self) -> bool:
+        return self.whole or self.occasion in self.whole_in
 
     def read_back(self, indices: mx.array) -> U32:
         """The experts that a router chose: the one thing a layer needs on the host."""
@@ -157,7 +162,9 @@ class StreamedSwitch(nn.Module):
         self._streamer.widest = max(self._streamer.widest, len(experts))
         slots = places.reshape(-1).astype(np.uint32)
         if self._layout.planes:
-            slots = planes.marked(slots, self._streamer.whole if whole is None else whole.ravel())
+            slots = planes.marked(
+                slots, self._streamer.all_whole if whole is None else whole.ravel()
+            )
         return experts.tolist(), slots
 
     def _load(self, experts: list[int], slots: U32) -> Lane:

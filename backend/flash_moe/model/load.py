@@ -129,6 +129,7 @@ def load(
         lambda number, switch: StreamedSwitch(streamer, number, switch, companions(switch))
     )
     choice = _choice(skeleton.model, plan, settings)
+    streamer.whole, streamer.whole_in = choice.whole is None, choice.whole_in
     take_over(skeleton.model, streamer, runtime, choice)
     resident = list(skeleton.resident().values())
     nbytes = sum(array.nbytes for array in resident)
@@ -145,13 +146,20 @@ def _choice(model: nn.Module, plan: Plan, settings: Settings) -> Choice:
         "weights=keep": settings.weights == "keep" and k < own,
         "skip_below": settings.skip_below > 0,
         "prefer_cached": settings.prefer_cached > 0,
-        "whole": settings.whole is not None,
+        f"whole={settings.whole}": bool(settings.whole),
     }
     if not known and (wanted := [name for name, yes in asked.items() if yes]):
         raise OptionError(
             f"{wanted[0]}: not known how for {plan.architecture}, whose router we do not "
             "compute. Leave it out."
         )
+    if settings.whole is not None and plan.first_bytes is None:
+        raise OptionError(
+            "whole: the model is not in two planes. Pack its 4-bit checkpoint with: "
+            "llm flash-moe pack SOURCE --planes"
+        )
+    if settings.whole is None and settings.whole_in:
+        raise OptionError("whole_in goes with whole: say how many are read whole elsewhere.")
     keep = known and k < own and settings.weights != "renormalise"
     return Choice(
         k,
