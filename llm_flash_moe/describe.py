@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flash_moe.checkpoint.plan import Plan
     from flash_moe.checkpoint.recast import Recast
+    from flash_moe.quant.calibrate import Calibration, Measured
+
+
+def plan_of(path: Path, experts: int | None) -> Plan:
+    """What a folder is and needs, from its headers."""
+    from flash_moe.checkpoint.folder import experts_per_token, open_folder
+    from flash_moe.checkpoint.plan import make_plan
+    from flash_moe.checkpoint.skeleton import open_skeleton
+
+    folder = open_folder(path)
+    if experts is None and folder.manifest is not None:
+        experts = folder.manifest.experts_per_token
+    skeleton = open_skeleton(folder, experts)
+    skeleton.layers()
+    return make_plan(skeleton, experts_per_token(folder.config) or 1)
 
 
 def describe(name: str, plan: Plan) -> str:
@@ -36,6 +52,12 @@ def describe_quantizing(recast: Recast) -> str:
         f"{spent.nbytes / spent.seconds / 1e9:.2g} GB/s in all; "
         f"peak memory {size(peak_rss())}"
     )
+
+
+def describe_calibrating(calibration: Calibration, measured: Measured) -> str:
+    few = measured.unweighed
+    rest = f": too few for {few:,} of {measured.experts:,} experts" if few else ""
+    return f"Calibrated with {len(calibration.ids):,} tokens{rest}."
 
 
 def size(nbytes: int) -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from flash_moe.checkpoint.manifest import Requantized
 from flash_moe.errors import OptionError
@@ -20,11 +22,24 @@ from flash_moe.experts.layout import Layout, Quantization, make_layout
 FLOATS = ("bfloat16", "float16", "float32")
 CODES = ("weight", "scales", "biases")
 Arrays = dict[str, mx.array]
+# A number for each column of a matrix.
+Columns = npt.NDArray[np.float32]
+
+
+class Importance(Protocol):
+    def of(self, path: str, projection: str, expert: int) -> Columns | None:
+        """How much errors in each column of a matrix weigh; None: all alike."""
 
 
 class Quantize(Protocol):
     def __call__(
-        self, arrays: Arrays, source: Quantization | None, bits: int, group_size: int
+        self,
+        arrays: Arrays,
+        source: Quantization | None,
+        bits: int,
+        group_size: int,
+        *,
+        importance: Columns | None,
     ) -> tuple[mx.array, mx.array, mx.array]: ...
 
 
@@ -39,17 +54,24 @@ class Spent:
 
 @dataclass(frozen=True, slots=True)
 class Recast:
-    """Affine, `bits` a weight. Matrices that have no more bits than that are left alone."""
+    """Affine, `bits` a weight. Matrices that have no more bits than that are left alone.
+    `calibration` tells the text that `importance` comes from, before it is known."""
 
     bits: int
     group_size: int
     method: str
     quantize: Quantize = field(compare=False, repr=False)
+    calibration: str | None = None
+    importance: Importance | None = field(default=None, compare=False, repr=False)
     spent: Spent = field(default_factory=Spent, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """What another choice is told by."""
-        return {"bits": self.bits, "group_size": self.group_size, "method": self.method}
+        told = {"bits": self.bits, "group_size": self.group_size, "method": self.method}
+        return told if self.calibration is None else {**told, "calibration": self.calibration}
+
+    def weighed(self, importance: Importance) -> Recast:
+        return replace(self, importance=importance)
 
     def changes(self, quantization: Quantization | None) -> bool:
         return quantization is None or quantization.bits > self.bits
@@ -73,12 +95,15 @@ class Recast:
             quantization.append((name, Quantization(self.bits, self.group_size, "affine")))
         return make_layout(arrays, quantization)
 
-    def projection(self, arrays: Arrays, source: Quantization | None) -> Arrays:
+    def projection(
+        self, arrays: Arrays, source: Quantization | None, path: str, name: str, expert: int
+    ) -> Arrays:
         """One projection of one expert, recast: its arrays by parameter."""
         if not self.changes(source):
             return arrays
         start, cpu = time.perf_counter(), time.process_time()
-        made = self.quantize(arrays, source, self.bits, self.group_size)
+        columns = self.importance.of(path, name, expert) if self.importance else None
+        made = self.quantize(arrays, source, self.bits, self.group_size, importance=columns)
         mx.eval(made)
         self.spent.cpu_seconds += time.process_time() - cpu
         self.spent.seconds += time.perf_counter() - start
