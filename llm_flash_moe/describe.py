@@ -55,8 +55,8 @@ def describe_quantizing(recast: Recast) -> str:
 
 
 def describe_calibrating(calibration: Calibration, measured: Measured) -> str:
-    few = measured.unweighed
-    rest = f": too few for {few:,} of {measured.experts:,} experts" if few else ""
+    missed = measured.unreached
+    rest = f", which missed {missed:,} of {measured.experts:,} experts" if missed else ""
     return f"Calibrated with {len(calibration.ids):,} tokens{rest}."
 
 
