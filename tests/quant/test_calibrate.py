@@ -31,6 +31,7 @@ from flash_moe.quant.requantize import make_recast
 from tests.architectures import vendor_layout, write_checkpoint
 from tests.plugin.terminal import fails, works
 from tests.quant.test_requantize import _wide, as_checkpoint
+from tests.strategies import tiny_checkpoint
 
 IDS = np.random.default_rng(5).integers(0, 90, 700).tolist()
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -148,6 +149,20 @@ def test_without_kernels_and_of_what_is_computed(demo_folder: Path, wanted: Any)
         found.append(seen)
         model.close()
     assert np.allclose(*found, atol=1e-3 * np.abs(found[0]).max())
+
+
+def test_in_sixteen_bits_as_on_a_gpu(tmp_path: Path) -> None:
+    """Nothing is widened then, and what is rounded in a layer grows in those after it."""
+    source = tiny_checkpoint(tmp_path / "source", dtype="bfloat16")
+    model, activations = load(source, Settings(runtime="mlx")), Activations()
+    with activations.watching(model.streamer):
+        model.advance(mx.array(IDS[:64])[None], model.make_cache())
+    model.close()
+    path, sums = next(iter(in_memory(source, IDS[:64], 64).items()))
+    got = activations.layers[path]
+    assert np.array_equal(got.routed, sums.routed)
+    for ours, wanted in ((got.inputs, sums.inputs), (got.inner, sums.inner)):
+        assert np.abs(ours - wanted).max() < 0.03 * wanted.max()
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**6))

@@ -7,7 +7,7 @@ rows that are added up in float32: how a text is cut into chunks changes no more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,6 @@ from flash_moe.kernels.spec import GROUP_SIZES
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
-See = Callable[[mx.array], None]
 
 # The first and the last matrix that mlx-lm's SwitchGLU and SwitchMLP multiply with.
 FIRST, LAST = ("up_proj", "fc1"), ("down_proj", "fc2")
@@ -82,7 +81,8 @@ class Activations:
         slots = np.array(local).reshape(-1)
         order = np.argsort(slots, kind="stable")
         ends = np.searchsorted(slots[order], range(1, len(experts) + 1)).tolist()
-        rows = x.reshape(-1, x.shape[-1])[mx.array(order // local.shape[-1])]
+        x = mx.broadcast_to(x, (*local.shape[:-1], x.shape[-1])).reshape(-1, x.shape[-1])
+        rows = x[mx.array(order // local.shape[-1])]
         seen: dict[str, list[mx.array]] = {}
         with _multiplied(inner, ends, self._native, seen):
             output: mx.array = inner(rows, mx.array(slots[order])[:, None])
