@@ -47,7 +47,7 @@ def describe_quantizing(recast: Recast) -> str:
 
     spent = recast.spent
     return (
-        f"Quantized {size(spent.nbytes)} of experts ({recast.method}) at "
+        f"Quantized {size(spent.nbytes)} of experts ({recast.how}) at "
         f"{spent.nbytes / spent.cpu_seconds / 1e9:.2g} GB/s a core, "
         f"{spent.nbytes / spent.seconds / 1e9:.2g} GB/s in all; "
         f"peak memory {size(peak_rss())}"

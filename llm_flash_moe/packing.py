@@ -88,8 +88,8 @@ def pack(
             job.write(progress)
         registry.add(name, Entry(str(target), experts, managed=to is None))
         plan = plan_of(target, None)
-    if recast is not None and recast.spent.nbytes:
-        click.echo(describe_quantizing(recast))
+    if job.recast is not None and job.recast.spent.nbytes:
+        click.echo(describe_quantizing(job.recast))
     click.echo(describe(name, plan))
     click.echo(f'Ready: llm -m {name} "your prompt"')
 

@@ -64,7 +64,7 @@ class PackJob:
         return self.expert_bytes + sum(a.nbytes for a in self.skeleton.resident().values())
 
     def write(self, progress: Progress = lambda nbytes: None) -> Manifest:
-        with self._claimed() as state:
+        with self._working() as state:
             work = state / "pack"
             work.mkdir(exist_ok=True)
             manifest = self._write_into(work, state, progress)
@@ -75,11 +75,11 @@ class PackJob:
         """This job with what `collect` finds, which keeps its work in the folder that it is given
         and goes on with what it finds there, as an interrupted pack does."""
         assert self.recast is not None
-        with self._claimed() as state:
+        with self._working() as state:
             return replace(self, recast=self.recast.weighed(collect(state)))
 
     @contextmanager
-    def _claimed(self) -> Iterator[Path]:
+    def _working(self) -> Iterator[Path]:
         state = self.target.with_name(self.target.name + ".partial")
         _require_space(state / "pack", self.target, self.nbytes)
         with _claimed(state, self._fingerprint()):

@@ -73,6 +73,11 @@ class Recast:
     def weighed(self, importance: Importance) -> Recast:
         return replace(self, importance=importance)
 
+    @property
+    def how(self) -> str:
+        """For people: the method, and whether errors were weighed."""
+        return self.method + (", calibrated" if self.importance is not None else "")
+
     def changes(self, quantization: Quantization | None) -> bool:
         return quantization is None or quantization.bits > self.bits
 
@@ -133,7 +138,7 @@ class Recast:
                 f"The experts have no more than {self.bits} bits already ({source}). Pack them as "
                 "they are: leave out --bits"
             )
-        return Requantized(self.bits, self.group_size, self.method, source)
+        return Requantized(self.bits, self.group_size, self.how, source)
 
     def _matrix(self, layout: Layout, path: str, name: str) -> tuple[int, int, str]:
         """Rows, columns and the type of scales, of a matrix that can be recast."""

@@ -32,7 +32,6 @@ Choose = Callable[[mx.array, mx.array | None, int, mx.Dtype], tuple[mx.array, mx
 # What a user may ask for; the names of methods below say in a pack what was done.
 ASKED = ("fit", "minmax")
 METHODS = ("fit", "fit in MLX", "minmax")
-CALIBRATED = ", calibrated"
 
 
 def requantize(
@@ -79,9 +78,7 @@ def make_recast(
             raise OptionError(f"{name}={value}: choose {' or '.join(map(str, choices))}.")
     if method == "fit":
         method = _fit_here()
-    quantize = partial(requantize, method=method)
-    method += CALIBRATED if calibration else ""
-    return Recast(bits, group_size, method, quantize, calibration)
+    return Recast(bits, group_size, method, partial(requantize, method=method), calibration)
 
 
 def _fit_here() -> str:
