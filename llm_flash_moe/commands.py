@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -14,16 +14,13 @@ from flash_moe.built_in import MODELS
 from flash_moe.checkpoint.registry import Entry
 from llm_flash_moe import places
 from llm_flash_moe.cache import cache
-from llm_flash_moe.describe import describe, describe_quantizing
+from llm_flash_moe.describe import describe, plan_of
 from llm_flash_moe.doctor import doctor
 from llm_flash_moe.errors import PluginError, shown
 from llm_flash_moe.evaluate import evaluate
+from llm_flash_moe.packing import pack
 from llm_flash_moe.plot import plot
 from llm_flash_moe.progress import byte_bar
-
-if TYPE_CHECKING:
-    from flash_moe.checkpoint.plan import Plan
-    from flash_moe.checkpoint.recast import Change, Recast
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON")
 FOLDER = click.Path(path_type=Path)
@@ -37,6 +34,7 @@ def flash_moe() -> None:
 flash_moe.add_command(cache)
 flash_moe.add_command(doctor)
 flash_moe.add_command(evaluate)
+flash_moe.add_command(pack)
 flash_moe.add_command(plot)
 
 
@@ -53,73 +51,11 @@ def add(path: Path, name: str | None, experts: int | None) -> None:
     from flash_moe.chat.tokenizer import load_tokenizer
 
     with shown():
-        path, name = path.expanduser().resolve(), name or default_name(path)
+        path, name = path.expanduser().resolve(), name or places.default_name(path)
         places.registry().require_free(name)
-        plan = _plan(path, experts)
+        plan = plan_of(path, experts)
         load_tokenizer(path)
         places.registry().add(name, Entry(str(path), experts))
-    click.echo(describe(name, plan))
-    click.echo(f'Ready: llm -m {name} "your prompt"')
-
-
-@flash_moe.command()
-@click.argument("source", type=FOLDER)
-@click.option("--name", help="Name for llm -m; the folder's name if left out")
-@click.option("--experts", type=click.IntRange(1), help="Experts a token uses, if not the model's")
-@click.option("--to", type=FOLDER, help="Folder to write the pack into, instead of llm's own")
-@click.option(
-    "--bits", type=click.Choice(["2", "3", "4"]), help="Fewer bits for experts: less exact"
-)
-@click.option(
-    "--group-size",
-    type=click.Choice(["64", "128"]),
-    help="With --bits: weights that share a scale (64); more is smaller and less exact",
-)
-@click.option(
-    "--method",
-    type=click.Choice(["fit", "minmax"]),
-    help="With --bits: least squares (fit), or extremes alone, to compare with",
-)
-@click.option("--planes", is_flag=True, help="4-bit experts in two halves: one alone is 2-bit")
-def pack(
-    source: Path,
-    name: str | None,
-    experts: int | None,
-    to: Path | None,
-    bits: str | None,
-    group_size: str | None,
-    method: str | None,
-    planes: bool,
-) -> None:
-    """Write a copy of a checkpoint whose experts are quick to read.
-
-    Every expert becomes one aligned record. A pack that was interrupted goes on where it was when
-    the same command is given again.
-    """
-    for option, given in (("--group-size", group_size), ("--method", method)):
-        if given and not bits:
-            raise click.UsageError(f"{option} goes with --bits.")
-    if planes and bits:
-        raise click.UsageError("--planes keeps all 4 bits: it goes without --bits.")
-    from flash_moe.checkpoint.folder import open_folder
-    from flash_moe.checkpoint.pack import plan_pack
-    from flash_moe.quant.planes import make_planes
-
-    with shown():
-        change: Change | None = make_planes() if planes else _recast(bits, group_size, method)
-        suffix = "-planes" if planes else f"-{bits}bit" if bits else ""
-        source, name = source.expanduser().resolve(), name or default_name(source) + suffix
-        registry = places.registry()
-        registry.require_free(name)
-        target = places.new_folder(name, to)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        job = plan_pack(open_folder(source), target, experts, change)
-        with byte_bar(f"Packing {name}", job.nbytes) as progress:
-            job.write(progress)
-        registry.add(name, Entry(str(target), experts, managed=to is None))
-        plan = _plan(target, None)
-    if change is not None and change.spent.nbytes:
-        click.echo(describe_quantizing(change))
     click.echo(describe(name, plan))
     click.echo(f'Ready: llm -m {name} "your prompt"')
 
@@ -163,7 +99,7 @@ def info(name: str, verify: bool, as_json: bool) -> None:
     with shown():
         entry = places.registry().get(name)
         folder = places.folder(name, entry)
-        plan = _plan(folder, entry.experts)
+        plan = plan_of(folder, entry.experts)
         faults = _faults(folder) if verify else None
     if as_json:
         checked = {} if faults is None else {"faults": faults}
@@ -259,31 +195,6 @@ def synth(
             synthesize(target, made, seed=seed, progress=progress, **kind)
         registry.add(name, Entry(str(target), managed=to is None))
     click.echo(f"Made {name}, a model of random weights: its replies are noise.")
-
-
-def default_name(path: Path) -> str:
-    return path.expanduser().resolve().name.lower()
-
-
-def _recast(bits: str | None, group_size: str | None, method: str | None) -> Recast | None:
-    if bits is None:
-        return None
-    from flash_moe.quant.requantize import make_recast
-
-    return make_recast(int(bits), int(group_size or 64), method or "fit")
-
-
-def _plan(path: Path, experts: int | None) -> Plan:
-    from flash_moe.checkpoint.folder import experts_per_token, open_folder
-    from flash_moe.checkpoint.plan import make_plan
-    from flash_moe.checkpoint.skeleton import open_skeleton
-
-    folder = open_folder(path)
-    if experts is None and folder.manifest is not None:
-        experts = folder.manifest.experts_per_token
-    skeleton = open_skeleton(folder, experts)
-    skeleton.layers()
-    return make_plan(skeleton, experts_per_token(folder.config) or 1)
 
 
 def _faults(path: Path) -> list[str]:

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flash_moe.checkpoint.plan import Plan
     from flash_moe.checkpoint.recast import Change
+    from flash_moe.quant.calibrate import Calibration, Measured
+
+
+def plan_of(path: Path, experts: int | None) -> Plan:
+    """What a folder is and needs, from its headers."""
+    from flash_moe.checkpoint.folder import experts_per_token, open_folder
+    from flash_moe.checkpoint.plan import make_plan
+    from flash_moe.checkpoint.skeleton import open_skeleton
+
+    folder = open_folder(path)
+    if experts is None and folder.manifest is not None:
+        experts = folder.manifest.experts_per_token
+    skeleton = open_skeleton(folder, experts)
+    skeleton.layers()
+    return make_plan(skeleton, experts_per_token(folder.config) or 1)
 
 
 def describe(name: str, plan: Plan) -> str:
@@ -35,11 +51,17 @@ def describe_quantizing(change: Change) -> str:
 
     spent = change.spent
     return (
-        f"Quantized {size(spent.nbytes)} of experts ({change.method}) at "
+        f"Quantized {size(spent.nbytes)} of experts ({change.how}) at "
         f"{spent.nbytes / spent.cpu_seconds / 1e9:.2g} GB/s a core, "
         f"{spent.nbytes / spent.seconds / 1e9:.2g} GB/s in all; "
         f"peak memory {size(peak_rss())}"
     )
+
+
+def describe_calibrating(calibration: Calibration, measured: Measured) -> str:
+    missed = measured.unreached
+    rest = f", which missed {missed:,} of {measured.experts:,} experts" if missed else ""
+    return f"Calibrated with {len(calibration.ids):,} tokens{rest}."
 
 
 def size(nbytes: int) -> str:

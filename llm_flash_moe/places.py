@@ -24,6 +24,11 @@ def registry() -> Registry:
     return Registry(home() / "models.json", built_in.MODELS)
 
 
+def default_name(path: Path) -> str:
+    """Of a model that is in this folder."""
+    return path.expanduser().resolve().name.lower()
+
+
 def new_folder(name: str, to: Path | None) -> Path:
     """Where a model of this name is written: one folder, so that no model lies inside another."""
     return (to or packs()).expanduser().resolve() / name.replace("/", "--")

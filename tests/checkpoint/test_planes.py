@@ -126,6 +126,7 @@ def test_a_pack_says_so(packed: Path, demo_folder: Path) -> None:
 
 def test_another_choice_is_told_apart() -> None:
     assert make_planes().to_json() == {"method": "two planes"}
+    assert make_planes("a text").to_json() != make_planes("another").to_json()
 
 
 def test_what_was_spent_is_counted(demo_folder: Path, tmp_path: Path) -> None:

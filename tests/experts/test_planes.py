@@ -49,7 +49,7 @@ def make_case(kind: str = "glu", group_size: int = 32, bias: bool = False, seed:
         given = {param: switch[name][param].flatten(0, 1) for param in CODES}
         made = {
             param: array.reshape(EXPERTS, -1, array.shape[-1])
-            for param, array in planes.projection(given, packing).items()
+            for param, array in planes.projection(given, packing, "switch", name, 0).items()
         }
         made |= {"bias": switch[name].bias} if bias else {}
         arrays |= {f"{name}.{param}": array for param, array in made.items()}

@@ -55,11 +55,11 @@ class Requantized:
 
     @property
     def planes(self) -> bool:
-        return self.method == TWO_PLANES
+        return self.method.partition(",")[0] == TWO_PLANES
 
     def __str__(self) -> str:
         if self.planes:
-            return f"experts in two planes: {self.bits}-bit, or {self.source} as they were"
+            return f"experts in {self.method}: {self.bits}-bit, or {self.source} as they were"
         return f"experts requantized from {self.source} to {self.bits}-bit ({self.method})"
 
 

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from flash_moe.checkpoint.manifest import (
     PackedLayer,
     is_file_name,
 )
-from flash_moe.checkpoint.recast import Change
+from flash_moe.checkpoint.recast import Change, Importance
 from flash_moe.checkpoint.records import compute_records, copy_records, forget, recast_records
 from flash_moe.checkpoint.skeleton import Skeleton, open_skeleton
 from flash_moe.errors import CheckpointError, NoSpace, NotContiguous
@@ -64,15 +64,27 @@ class PackJob:
         return self.expert_bytes + sum(a.nbytes for a in self.skeleton.resident().values())
 
     def write(self, progress: Progress = lambda nbytes: None) -> Manifest:
-        state = self.target.with_name(self.target.name + ".partial")
-        work = state / "pack"
-        _require_space(work, self.target, self.nbytes)
-        with _claimed(state, self._fingerprint()):
-            _require_absent(self.target)
+        with self._working() as state:
+            work = state / "pack"
             work.mkdir(exist_ok=True)
             manifest = self._write_into(work, state, progress)
             shutil.rmtree(state)
         return manifest
+
+    def weighed(self, collect: Callable[[Path], Importance]) -> PackJob:
+        """This job with what `collect` finds, which keeps its work in the folder that it is given
+        and goes on with what it finds there, as an interrupted pack does."""
+        assert self.recast is not None
+        with self._working() as state:
+            return replace(self, recast=self.recast.weighed(collect(state)))
+
+    @contextmanager
+    def _working(self) -> Iterator[Path]:
+        state = self.target.with_name(self.target.name + ".partial")
+        _require_space(state / "pack", self.target, self.nbytes)
+        with _claimed(state, self._fingerprint()):
+            _require_absent(self.target)
+            yield state
 
     def _layout(self, path: str) -> Layout:
         layout = self.skeleton.layout(path)
@@ -203,8 +215,8 @@ def _claimed(state: Path, fingerprint: dict[str, Any]) -> Iterator[None]:
         known = state / "source.json"
         if known.exists() and read_json(known) != fingerprint:
             raise CheckpointError(
-                f"{state} was begun from another checkpoint or with other bits. Remove it, or "
-                "choose another name."
+                f"{state} was begun from another checkpoint, with other bits or another text. "
+                "Remove it, or choose another name."
             )
         write_json(known, fingerprint)
         yield

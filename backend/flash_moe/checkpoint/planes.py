@@ -6,14 +6,14 @@ apart is given from above (flash_moe.quant).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from flash_moe.checkpoint.manifest import TWO_PLANES, Requantized
-from flash_moe.checkpoint.recast import Arrays, Spent
+from flash_moe.checkpoint.recast import CALIBRATED, Arrays, Columns, Importance, Spent
 from flash_moe.errors import OptionError
 from flash_moe.experts.layout import (
     CODES,
@@ -25,20 +25,34 @@ from flash_moe.experts.layout import (
     make_layout,
 )
 
-Split = Callable[[Arrays, Quantization], Arrays]
+
+class Split(Protocol):
+    def __call__(
+        self, arrays: Arrays, source: Quantization, *, importance: Columns | None
+    ) -> Arrays: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Planes:
-    """The source's groups, scales and codes; and a scale and bias more for the high halves."""
+    """The source's groups, scales and codes; and a scale and bias more for the high halves, which
+    `importance` weighs the errors of. `calibration` tells the text that it comes from."""
 
     split: Split = field(compare=False, repr=False)
-    method: str = TWO_PLANES
+    calibration: str | None = None
+    importance: Importance | None = field(default=None, compare=False, repr=False)
     spent: Spent = field(default_factory=Spent, compare=False, repr=False)
+
+    @property
+    def how(self) -> str:
+        return TWO_PLANES + (CALIBRATED if self.importance is not None else "")
+
+    def weighed(self, importance: Importance) -> Planes:
+        return replace(self, importance=importance)
 
     def to_json(self) -> dict[str, Any]:
         """What another choice is told by."""
-        return {"method": self.method}
+        told = {"method": TWO_PLANES}
+        return told if self.calibration is None else {**told, "calibration": self.calibration}
 
     def layout(self, source: Layout, path: str) -> Layout:
         """The record that comes of a source's; OptionError if it cannot be."""
@@ -49,11 +63,14 @@ class Planes:
         rest = [(name, last[q], dtype, shape) for name, q, dtype, shape in first if q in last]
         return make_layout([*first, *rest], source.quantization)
 
-    def projection(self, arrays: Arrays, source: Quantization | None) -> Arrays:
+    def projection(
+        self, arrays: Arrays, source: Quantization | None, path: str, name: str, expert: int
+    ) -> Arrays:
         """One projection of one expert in two planes: its arrays by parameter."""
         assert source is not None
         with self.spent.on(arrays):
-            made = self.split(arrays, source)
+            columns = self.importance.of(path, name, expert) if self.importance else None
+            made = self.split(arrays, source, importance=columns)
             mx.eval(made)
         return {**arrays, **made}
 
@@ -65,7 +82,7 @@ class Planes:
         """For the manifest, of layouts that `layout` takes."""
         kinds = dict(pair for layout in layouts for pair in layout.quantization)
         packing = next(packing for packing in kinds.values() if packing is not None)
-        return Requantized(PLANE_BITS, packing.group_size, self.method, f"{packing.bits}-bit")
+        return Requantized(PLANE_BITS, packing.group_size, self.how, f"{packing.bits}-bit")
 
 
 def _require_four_bits(path: str, packing: Quantization | None) -> None:

@@ -10,21 +10,38 @@ import copy
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from flash_moe.checkpoint.manifest import Requantized
 from flash_moe.errors import OptionError
 from flash_moe.experts.layout import CODES, FLOATS, Layout, Quantization, make_layout
 
+CALIBRATED = ", calibrated"
+
 Arrays = dict[str, mx.array]
+# A number for each column of a matrix.
+Columns = npt.NDArray[np.float32]
+
+
+class Importance(Protocol):
+    def of(self, path: str, projection: str, expert: int) -> Columns | None:
+        """How much errors in each column of a matrix weigh; None: all alike."""
 
 
 class Quantize(Protocol):
     def __call__(
-        self, arrays: Arrays, source: Quantization | None, bits: int, group_size: int
+        self,
+        arrays: Arrays,
+        source: Quantization | None,
+        bits: int,
+        group_size: int,
+        *,
+        importance: Columns | None,
     ) -> tuple[mx.array, mx.array, mx.array]: ...
 
 
@@ -49,10 +66,17 @@ class Change(Protocol):
     """What `pack` asks of it, with every source layout given by the path of its switch layer."""
 
     @property
-    def method(self) -> str: ...
+    def how(self) -> str:
+        """For people: the method, and whether errors were weighed."""
+
+    @property
+    def importance(self) -> Importance | None: ...
 
     @property
     def spent(self) -> Spent: ...
+
+    def weighed(self, importance: Importance) -> Change:
+        """The same with errors weighed."""
 
     def to_json(self) -> dict[str, Any]:
         """What another choice is told by."""
@@ -60,7 +84,9 @@ class Change(Protocol):
     def layout(self, source: Layout, path: str) -> Layout:
         """The record that comes of a source's; OptionError if it cannot be."""
 
-    def projection(self, arrays: Arrays, source: Quantization | None) -> Arrays:
+    def projection(
+        self, arrays: Arrays, source: Quantization | None, path: str, name: str, expert: int
+    ) -> Arrays:
         """One projection of one expert, changed: its arrays by parameter."""
 
     def config(self, config: dict[str, Any], layouts: dict[str, Layout]) -> dict[str, Any]:
@@ -72,16 +98,27 @@ class Change(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Recast:
-    """Affine, `bits` a weight. Matrices that have no more bits than that are left alone."""
+    """Affine, `bits` a weight. Matrices that have no more bits than that are left alone.
+    `calibration` tells the text that `importance` comes from, before it is known."""
 
     bits: int
     group_size: int
     method: str
     quantize: Quantize = field(compare=False, repr=False)
+    calibration: str | None = None
+    importance: Importance | None = field(default=None, compare=False, repr=False)
     spent: Spent = field(default_factory=Spent, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        return {"bits": self.bits, "group_size": self.group_size, "method": self.method}
+        told = {"bits": self.bits, "group_size": self.group_size, "method": self.method}
+        return told if self.calibration is None else {**told, "calibration": self.calibration}
+
+    def weighed(self, importance: Importance) -> Recast:
+        return replace(self, importance=importance)
+
+    @property
+    def how(self) -> str:
+        return self.method + (CALIBRATED if self.importance is not None else "")
 
     def changes(self, quantization: Quantization | None) -> bool:
         return quantization is None or quantization.bits > self.bits
@@ -104,11 +141,14 @@ class Recast:
             quantization.append((name, Quantization(self.bits, self.group_size, "affine")))
         return make_layout(arrays, quantization)
 
-    def projection(self, arrays: Arrays, source: Quantization | None) -> Arrays:
+    def projection(
+        self, arrays: Arrays, source: Quantization | None, path: str, name: str, expert: int
+    ) -> Arrays:
         if not self.changes(source):
             return arrays
         with self.spent.on(arrays):
-            made = self.quantize(arrays, source, self.bits, self.group_size)
+            columns = self.importance.of(path, name, expert) if self.importance else None
+            made = self.quantize(arrays, source, self.bits, self.group_size, importance=columns)
             mx.eval(made)
         return {**arrays, **dict(zip(CODES, made, strict=True))}
 
@@ -135,7 +175,7 @@ class Recast:
                 f"The experts have no more than {self.bits} bits already ({source}). Pack them as "
                 "they are: leave out --bits"
             )
-        return Requantized(self.bits, self.group_size, self.method, source)
+        return Requantized(self.bits, self.group_size, self.how, source)
 
     def _matrix(self, layout: Layout, path: str, name: str) -> tuple[int, int, str]:
         """Rows, columns and the type of scales, of a matrix that can be recast."""

@@ -98,7 +98,7 @@ def recast_records(
     with file.open("wb", buffering=0) as out:
         out.truncate(experts * layout.stride)
         for expert, name, arrays in _projections(skeleton, path):
-            made = recast.projection(arrays, quantization[name])
+            made = recast.projection(arrays, quantization[name], path, name, expert)
             done = 0
             for param, array in made.items():
                 raw = np.array(mx.contiguous(array).reshape(-1).view(mx.uint8), copy=False)

@@ -54,6 +54,8 @@ class Streamer:
     occasion: Occasion = "prompt"
     # Told of the experts that every layer's router chose, while somebody counts them.
     watch: Callable[[int, U32], None] | None = None
+    # Computes in the place of mlx-lm's module, while somebody measures what goes on inside of it.
+    record: Callable[[int, list[int], nn.Module, mx.array, mx.array], mx.array] | None = None
     # What pairs are computed from where nobody says it: both planes, or the first; and when both.
     whole: bool = True
     whole_in: tuple[Occasion, ...] = ()
@@ -176,15 +178,22 @@ class StreamedSwitch(nn.Module):
 
     def _compute(self, experts: list[int], x: mx.array, slots: U32) -> mx.array:
         lane = self._load(experts, slots)
-        output = self._by_mlx(lane.arrays(self._layout), x, slots)
+        output = self._by_mlx(experts, lane.arrays(self._layout), x, slots)
         lane.fence(output)
         return output
 
-    def _by_mlx(self, arrays: Mapping[str, mx.array], x: mx.array, slots: U32) -> mx.array:
+    def _by_mlx(
+        self, experts: list[int], arrays: Mapping[str, mx.array], x: mx.array, slots: U32
+    ) -> mx.array:
         if self._layout.planes:
             return planes.compute(self._inner, self._layout, arrays, x, slots)
         bind(self._inner, arrays)
-        output: mx.array = self._inner(x, mx.array(slots))
+        record = self._streamer.record
+        output: mx.array = (
+            record(self._layer, experts, self._inner, x, mx.array(slots))
+            if record
+            else self._inner(x, mx.array(slots))
+        )
         return output
 
     def _rows(self, x: mx.array, experts: list[int], tokens: U32, slots: U32) -> mx.array:

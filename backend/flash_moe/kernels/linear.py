@@ -44,10 +44,10 @@ class NativeLinear(nn.Module):
     def _open(self) -> Resident:
         """At the first use: only then are the arrays certain to be in memory. They are not looked
         at again, so weights that change later change nothing."""
-        weight, scales, biases = (_shared(self[n]) for n in ("weight", "scales", "biases"))
+        weight, scales, biases = (shared(self[n]) for n in ("weight", "scales", "biases"))
         return resident(weight, scales, biases, bits=self.bits, group_size=self.group_size)
 
 
-def _shared(array: mx.array) -> Any:
+def shared(array: mx.array) -> Any:
     """The array's own memory for numpy, which has no bfloat16."""
     return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array, copy=False)

@@ -85,25 +85,27 @@ def _limited(dialogues: list[Dialogue], limit: int | None) -> Iterator[Dialogue]
 
 
 def _read(file: Path, make: Callable[[Any], Item]) -> list[Item]:
+    text = read_text(file, "Give a folder with text.jsonl and dialogues.jsonl: --data FOLDER")
+    return parse_lines(file, text, make, "Correct the line, or give another folder with --data")
+
+
+def read_text(file: Path, remedy: str) -> str:
     try:
-        lines = file.read_text("utf-8").split("\n")
+        return file.read_text("utf-8")
     except OSError as error:
-        raise CheckpointError(
-            f"Cannot read {file}: {error.strerror}. Give a folder with text.jsonl and "
-            "dialogues.jsonl: --data FOLDER"
-        ) from error
+        raise CheckpointError(f"Cannot read {file}: {error.strerror}. {remedy}") from error
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file} is not UTF-8: {error.reason}.") from error
+        raise CheckpointError(f"{file} is not UTF-8: {error.reason}. {remedy}") from error
+
+
+def parse_lines(file: Path, text: str, make: Callable[[Any], Item], remedy: str) -> list[Item]:
     items = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 items.append(make(json.loads(line)))
             except (OptionError, ValueError, KeyError, TypeError, RecursionError) as error:
-                raise CheckpointError(
-                    f"{file}, line {number}: {_said(error)}. Correct the line, or give another "
-                    "folder with --data"
-                ) from error
+                raise CheckpointError(f"{file}, line {number}: {_said(error)}. {remedy}") from error
     return items
 
 
@@ -113,9 +115,9 @@ def _text(value: Any) -> Text:
 
 def _dialogue(value: Any) -> Dialogue:
     messages, reply = value["messages"], value["reply"]
-    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+    if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
         raise ValueError("messages are no list of messages")
-    if not _is_message(reply) or reply["role"] != "assistant":
+    if not is_message(reply) or reply["role"] != "assistant":
         raise ValueError("reply is no message of the assistant")
     tools, thinking = value.get("tools") or [], value.get("thinking", False)
     if not isinstance(tools, list) or type(thinking) is not bool:
@@ -124,7 +126,7 @@ def _dialogue(value: Any) -> Dialogue:
     return Dialogue(_string(value, "kind"), messages, tools, thinking, value["check"], reply)
 
 
-def _is_message(value: Any) -> bool:
+def is_message(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str)
 
 

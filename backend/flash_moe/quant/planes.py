@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from flash_moe.checkpoint.planes import Planes
-from flash_moe.checkpoint.recast import Arrays
+from flash_moe.checkpoint.recast import Arrays, Columns
 from flash_moe.errors import CheckpointError
 from flash_moe.experts.layout import CODES, RESTS, Quantization
 from flash_moe.measure.machine import usable_cores
-from flash_moe.quant.requantize import Importance, require_sound
+from flash_moe.quant.requantize import require_sound
 
 U32 = npt.NDArray[np.uint32]
 F64 = npt.NDArray[np.float64]
@@ -44,13 +44,13 @@ class Line:
     code_mean: F64
 
 
-def make_planes() -> Planes:
+def make_planes(calibration: str | None = None) -> Planes:
     """What `pack` is to do with the experts."""
-    return Planes(two_planes)
+    return Planes(two_planes, calibration)
 
 
 def two_planes(
-    arrays: Arrays, source: Quantization, importance: Importance | None = None
+    arrays: Arrays, source: Quantization, importance: Columns | None = None
 ) -> dict[str, mx.array]:
     """A matrix of 4 bits as mlx-lm has it → the parts of both planes. `importance` weighs the
     squared error of each column."""
@@ -82,7 +82,7 @@ def split(weight: U32) -> tuple[U32, U32]:
     return high, low
 
 
-def fit_line(weight: U32, group_size: int, importance: Importance | None = None) -> Line:
+def fit_line(weight: U32, group_size: int, importance: Columns | None = None) -> Line:
     """The best line through every group's codes over their high halves. Where those are all one,
     it is flat; a group without any importance is fitted as if all of it mattered alike."""
     columns = weight.shape[1] * 8

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flash_moe.checkpoint.recast import Arrays, Recast
+from flash_moe.checkpoint.recast import Arrays, Columns, Recast
 from flash_moe.errors import CheckpointError, OptionError
 from flash_moe.experts.layout import CODES, Quantization
 from flash_moe.kernels.native_build import NativeUnavailable
@@ -24,7 +24,6 @@ from flash_moe.quant.affine import extremes, nearest_codes, pack_codes
 from flash_moe.quant.alternate import alternating
 from flash_moe.quant.fit import BITS, GROUP_SIZES, SOURCE_BITS, SOURCE_GROUPS, NotFinite, load_fit
 
-Importance = npt.NDArray[np.float32]
 Made = tuple[mx.array, mx.array, mx.array]
 # Groups [n, size] in float32, weights alike or none, the largest code, the type of scales → scale
 # and bias of each group [n, 1].
@@ -41,7 +40,7 @@ def requantize(
     bits: int,
     group_size: int,
     method: str = "fit",
-    importance: Importance | None = None,
+    importance: Columns | None = None,
 ) -> Made:
     """A matrix as mlx-lm has it, affine or not quantized → packed codes, scales, biases.
 
@@ -65,8 +64,11 @@ def requantize(
     return packed, scales.reshape(shape), biases.reshape(shape)
 
 
-def make_recast(bits: int, group_size: int = 64, method: str = "fit") -> Recast:
-    """What `pack` is to do with the experts, checked."""
+def make_recast(
+    bits: int, group_size: int = 64, method: str = "fit", calibration: str | None = None
+) -> Recast:
+    """What `pack` is to do with the experts, checked. With a `calibration`, which names its text,
+    importance is to come before the work is done."""
     for name, value, choices in (
         ("bits", bits, BITS),
         ("group_size", group_size, GROUP_SIZES),
@@ -76,7 +78,7 @@ def make_recast(bits: int, group_size: int = 64, method: str = "fit") -> Recast:
             raise OptionError(f"{name}={value}: choose {' or '.join(map(str, choices))}.")
     if method == "fit":
         method = _fit_here()
-    return Recast(bits, group_size, method, partial(requantize, method=method))
+    return Recast(bits, group_size, method, partial(requantize, method=method), calibration)
 
 
 def _fit_here() -> str:
@@ -93,7 +95,7 @@ def _fit(
     bits: int,
     group_size: int,
     dtype: mx.Dtype,
-    importance: Importance | None,
+    importance: Columns | None,
 ) -> Made:
     """From codes where they are few: then the fit knows which weights are equal."""
     fit, threads = load_fit(), usable_cores()
@@ -141,14 +143,14 @@ def _values(arrays: Arrays, source: Quantization | None) -> mx.array:
     )
 
 
-def _weights(values: mx.array, groups: mx.array, importance: Importance | None) -> mx.array | None:
+def _weights(values: mx.array, groups: mx.array, importance: Columns | None) -> mx.array | None:
     if importance is None:
         return None
     require_sound(importance, values.shape[1])
     return mx.broadcast_to(mx.array(importance), values.shape).reshape(groups.shape)
 
 
-def require_sound(importance: Importance, columns: int) -> None:
+def require_sound(importance: Columns, columns: int) -> None:
     sound = bool((np.isfinite(importance) & (importance >= 0)).all())
     if importance.shape != (columns,) or not sound:
         raise ValueError(
