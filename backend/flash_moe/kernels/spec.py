@@ -62,7 +62,9 @@ class ExpertSpec:
     def check_choice(self, largest: int) -> None:
         """Of all slot numbers of a call the largest, which is where WHOLE shows."""
         if largest >= WHOLE and not self.split:
-            raise ValueError(f"slot {largest - WHOLE} is to be computed from two planes: it has one")
+            raise ValueError(
+                f"slot {largest - WHOLE} is to be computed from two planes: it has one"
+            )
 
     @property
     def hidden(self) -> int:
