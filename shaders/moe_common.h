@@ -9,10 +9,10 @@
 // and sum(x) is the same for every row. A lane takes VPT neighbouring columns at a time; VPT
 // divides GROUP, so that a lane's columns have one scale.
 //
-// SPLIT records have codes of 4 bits in two planes of 2: code = 4 * hi + lo. A pair is computed from
-// both, with the scales and biases of the 4-bit weights, or from hi alone, with those fitted to it.
-// The choice is in the top bit of its slot. Of hi alone the code is 4 * hi with a quarter of the
-// scale, both exact: one path of arithmetic, in which nothing branches, for both kinds of pairs.
+// SPLIT records have codes of 4 bits in two planes of 2: code = 4 * hi + lo. A pair is computed
+// from both, with the 4-bit weights' scales and biases, or from hi alone, with those fitted to it:
+// the top bit of its slot tells. Of hi alone the code is 4 * hi and the scale a quarter, both
+// exact, so that all pairs take one path of arithmetic, in which nothing branches.
 
 #define MOE_LANES 32
 #define MOE_WHOLE 0x80000000u
@@ -109,9 +109,9 @@ inline float moe_code(const thread uint* v, int i) {
   return as_type<float>(code | 0x4B000000u) - 8388608.0f;
 }
 
-// VPT codes of the words at w. Of planes, a word of hi at w and one of lo at `rest` make two words of
-// 4-bit codes, those of even and those of odd columns. A pair that leaves lo out gives w as its rest,
-// of which nothing is kept: it has no load of its own, and no load waits for a branch.
+// VPT codes of the words at w. Of planes, a word of hi at w and one of lo at `rest` make two words
+// of 4-bit codes, those of even and those of odd columns. A pair that leaves lo out gives w as its
+// rest and keeps nothing of it: no byte more is read from memory, and no load waits for a branch.
 template <int BITS, bool SPLIT, int VPT>
 inline void moe_load_codes(const device uint* w, const device uint* rest, uint keep,
                            thread float* codes) {

@@ -11,7 +11,7 @@
 struct matrix { /* mirrored in native.py; offsets into a record, or addresses where base is 0 */
     uint64_t rows, columns, weight, scales, biases;
     uint32_t bits, group, type, planes;
-    uint64_t low; /* of two planes the one with the low bits; that with the high ones is at weight */
+    uint64_t low; /* of two planes, that of the low bits; that of the high ones is at weight */
 };
 
 enum { BFLOAT16, FLOAT16, FLOAT32 };
@@ -93,7 +93,8 @@ tile(const struct matrix *m, uintptr_t base, size_t first, size_t end, int n,
             to_float(biases[r], (const uint8_t *)(base + m->biases + place), count, m->type);
             if (planes == 2) {
                 const uint8_t *high = codes[r] + column / 4;
-                join(joined[r], high, high + (m->low - m->weight), (size_t)count * m->group / 4);
+                const uintptr_t low = (uintptr_t)high - m->weight + m->low;
+                join(joined[r], high, (const uint8_t *)low, (size_t)count * m->group / 4);
             }
         }
         /* The next tile's part: a row is too short for the processor to see where it goes on. From
@@ -102,7 +103,8 @@ tile(const struct matrix *m, uintptr_t base, size_t first, size_t end, int n,
             const size_t next = first + (size_t)(R + r), place = size * (next * groups + g0);
             const uintptr_t from = base + m->weight + next * row_bytes + code / planes;
             if (next >= m->rows) break;
-            for (size_t i = 0; i < (size_t)count * m->group * (size_t)(bits / planes) / 8; i += 64) {
+            for (size_t i = 0; i < (size_t)count * m->group * (size_t)(bits / planes) / 8;
+                 i += 64) {
                 __builtin_prefetch((const void *)(from + i));
                 if (planes == 2) __builtin_prefetch((const void *)(from + m->low - m->weight + i));
             }
