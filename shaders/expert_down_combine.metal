@@ -9,7 +9,7 @@
 //          only the slot is read · weights [tokens, K] float · shared, residual [tokens, OUT] T
 //          and shared_gate [tokens] T (anything where there is none)
 // outputs  y [tokens, OUT] T
-// template T S BITS GROUP VPT IN OUT ROWS K STRIDE DW DS DB SHARED RESIDUAL
+// template T S BITS SPLIT GROUP VPT IN OUT ROWS K STRIDE DW DS DB DRW DRS DRB SHARED RESIDUAL
 // grid     (32 * K, ceil(OUT / ROWS), tokens), threadgroup (32 * K, 1, 1)
   constexpr int STEP = MOE_LANES * VPT;
   constexpr int PITCH = IN * BITS / 32;
@@ -20,11 +20,16 @@
   const uint token = threadgroup_position_in_grid.z;
   const uint row0 = threadgroup_position_in_grid.y * uint(ROWS);
   const uint pair = token * uint(K) + k;
+  const bool whole = SPLIT && tiles[pair * 4] >= MOE_WHOLE;
+  const uint slot = SPLIT ? tiles[pair * 4] & ~MOE_WHOLE : tiles[pair * 4];
 
-  const device uint* record = bank + ulong(tiles[pair * 4]) * ulong(STRIDE);
+  const device uint* record = bank + ulong(slot) * ulong(STRIDE);
   const device uint* dw = record + DW;
-  const device S* ds = (const device S*)record + DS;
-  const device S* db = (const device S*)record + DB;
+  const device uint* dr = record + (whole ? DRW : DW);
+  const device S* ds = (const device S*)record + (whole ? DRS : DS);
+  const device S* db = (const device S*)record + (whole ? DRB : DB);
+  const uint keep = whole ? ~0u : 0u;
+  const float factor = SPLIT && !whole ? 0.25f : 1.0f;
 
   float acc[ROWS];
 #pragma unroll
@@ -34,14 +39,16 @@
     const int col = c + int(lane) * VPT;
     if (IN % STEP != 0 && col >= IN) break;
     float xs[VPT];
-    const float sum = moe_load_x<BITS, VPT>(h + ulong(pair) * ulong(IN) + uint(col), xs);
+    const float sum = moe_load_x<BITS, SPLIT, VPT>(h + ulong(pair) * ulong(IN) + uint(col), xs);
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
       const uint row = metal::min(row0 + uint(r), uint(OUT - 1));
       float codes[VPT];
-      moe_load_codes<BITS, VPT>(dw + row * uint(PITCH) + uint(col * BITS / 32), codes);
+      const uint start = row * uint(PITCH);
+      const uint word = uint(col * BITS / 32);
+      moe_load_codes<BITS, SPLIT, VPT>(dw + start + word, dr + start + word, keep, codes);
       const uint group = row * uint(GROUPS) + uint(col / GROUP);
-      acc[r] += float(ds[group]) * moe_dot<VPT>(codes, xs) + float(db[group]) * sum;
+      acc[r] += factor * float(ds[group]) * moe_dot<VPT>(codes, xs) + float(db[group]) * sum;
     }
   }
   const float weight = weights[pair];

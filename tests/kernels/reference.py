@@ -122,25 +122,25 @@ def random_record(spec: ExpertSpec, rng: np.random.Generator, scales: Scales = S
         if scales.zeros:
             scale *= rng.integers(0, 2, size)
         bias = -scale * (1 << matrix.bits) * rng.uniform(0.3, 0.7, size)
-        _place(record, matrix.weight, pack(codes, matrix.bits))
-        _place(record, matrix.scales, from_float(scale, matrix.scale_type))
-        _place(record, matrix.biases, from_float(bias, matrix.scale_type))
+        place(record, matrix.weight, pack(codes, matrix.bits))
+        place(record, matrix.scales, from_float(scale, matrix.scale_type))
+        place(record, matrix.biases, from_float(bias, matrix.scale_type))
     return record
 
 
-def _place(record: Bytes, offset: int, data: Bytes) -> None:
+def place(record: Bytes, offset: int, data: Bytes) -> None:
     flat = data.reshape(-1)
     record[offset : offset + flat.size] = flat
 
 
 def dequantize(record: Bytes, matrix: Matrix) -> F64:
     scale, bias = (_groups(record, matrix, offset) for offset in (matrix.scales, matrix.biases))
-    return _codes(record, matrix) * np.repeat(scale, matrix.group_size, 1) + np.repeat(
+    return read_codes(record, matrix) * np.repeat(scale, matrix.group_size, 1) + np.repeat(
         bias, matrix.group_size, 1
     )
 
 
-def _codes(record: Bytes, matrix: Matrix) -> npt.NDArray[np.int64]:
+def read_codes(record: Bytes, matrix: Matrix) -> npt.NDArray[np.int64]:
     size = matrix.rows * matrix.columns * matrix.bits // 8
     packed = record[matrix.weight : matrix.weight + size].reshape(matrix.rows, -1)
     return unpack(packed, matrix.bits)
@@ -177,7 +177,7 @@ def product(record: Bytes, matrix: Matrix, x: Bounded) -> Bounded:
     size = matrix.group_size
     scale = np.repeat(_groups(record, matrix, matrix.scales), size, 1)
     bias = np.repeat(_groups(record, matrix, matrix.biases), size, 1)
-    codes = _codes(record, matrix)
+    codes = read_codes(record, matrix)
     terms = np.abs(scale) * codes + np.abs(bias)
     n = matrix.columns + matrix.columns // size + 8
     value = x.value @ (codes * scale + bias).T

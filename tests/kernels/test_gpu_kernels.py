@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from flash_moe.kernels import gpu
 from flash_moe.kernels.gpu import U32
+from flash_moe.kernels.spec import WHOLE
 from tests.kernels import reference as ref
 from tests.kernels.devices import EXAMPLES, F64, KIND, same_in_all_schedules, to_mlx
 from tests.kernels.gpu_cases import DTYPES, Case, Data, cases
@@ -211,7 +212,8 @@ def test_router_keeps_its_ids_in_range_whatever_it_is_given() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    slots=st.lists(st.integers(0, 5), min_size=1, max_size=40),
+    # Pairs of one slot and another choice of planes must not share a tile.
+    slots=st.lists(st.sampled_from([0, 1, 2, WHOLE, WHOLE + 1]), min_size=1, max_size=40),
     tile=st.integers(1, 8),
     seed=seeds,
 )

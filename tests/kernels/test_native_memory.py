@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from flash_moe.kernels.native import RESIDENT_BITS, Native, find_compiler, resident
-from flash_moe.kernels.spec import BITS
+from flash_moe.kernels.spec import BITS, WHOLE
 from tests.kernels import reference as ref
 from tests.kernels.native_cases import as_resident, random_matrix, within
+from tests.kernels.planes import split_record, split_spec
 
 
 class Guarded:
@@ -56,6 +57,25 @@ def test_nothing_beyond_a_record_is_read(native: Native, bits: int, last: str) -
         got = native.experts(spec, memoryview(guarded.array), x, slots)
         want = ref.expert(longer, spec, x.astype(np.float64))
         assert within(got[:, 0], want)
+
+
+@pytest.mark.parametrize("last", ["weight", "scales", "biases"])
+def test_nothing_beyond_a_second_plane_is_read(native: Native, last: str) -> None:
+    rng = np.random.default_rng(1)
+    spec = split_spec(32, 32, 32, "float16")
+    record = split_record(spec, rng, ref.Scales())
+    rest, size = spec.down.rest, 32 * 8 if last == "weight" else 64
+    assert rest is not None
+    start = getattr(rest, last)
+    longer = np.concatenate([record, record[start : start + size]])
+    moved = replace(spec.down, rest=replace(rest, **{last: spec.stride}))
+    there = replace(spec, down=moved, stride=spec.stride + size)
+    guarded = memoryview(Guarded(longer).array)
+    for tokens in (1, 2, 3, 4):
+        x = rng.normal(size=(tokens, 32)).astype(np.float32)
+        slots = np.full((tokens, 1), WHOLE, np.uint32)
+        want = native.experts(spec, memoryview(record), x, slots)
+        assert np.array_equal(native.experts(there, guarded, x, slots), want)
 
 
 @pytest.mark.parametrize("bits", RESIDENT_BITS)
@@ -142,7 +162,7 @@ def test_sanitizers_find_nothing(cache_home: Path) -> None:
 import sys; sys.path[:0] = sys.argv[1:]
 import numpy as np
 from flash_moe.kernels.native import load_native, resident
-from tests.kernels import reference as ref
+from tests.kernels import planes, reference as ref
 native = load_native(("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"))
 native.threads = 3
 rng = np.random.default_rng(0)
@@ -156,6 +176,12 @@ for bits in (2, 3, 4, 8):
         ones = np.ones(slots.shape, np.float32)
         summed = native.experts(spec, memoryview(bank), x, slots, ones, x)
         assert np.allclose(each.sum(1) + x, summed, rtol=1e-3, atol=1e-3 * np.abs(each).max())
+split = planes.make_planes(planes.split_spec(96, 160, 32, "float16"), 3, rng)
+bank = memoryview(np.concatenate(split.bank))
+for tokens in (1, 7):
+    x = rng.normal(size=(tokens, 96)).astype(np.float32)
+    slots = planes.choose(rng.integers(0, 3, (tokens, 3), np.uint32), rng)
+    assert np.isfinite(native.experts(split.spec, bank, x, slots)).all()
 for bits in (3, 5, 6):
     half = np.ones((7, 3), np.uint16)
     weight = np.zeros((7, 3 * bits), np.uint32)

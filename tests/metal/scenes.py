@@ -11,14 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from flash_moe.kernels import gpu
-from flash_moe.kernels.spec import ExpertSpec, Matrix
+from flash_moe.kernels.gpu import U32
+from flash_moe.kernels.spec import WHOLE, ExpertSpec, Matrix
 from tests.kernels import reference
+from tests.kernels.planes import make_planes, split_spec
 from tests.kernels.reference import Bounded, Bytes
 from tests.metal.emulator import Ranges
 
 TUNING = gpu.Tuning(rows=5, simdgroups=2)
 TOKENS = np.array([0, 1, 0, 1, 2], np.uint32)
 SLOTS = np.array([4, 4, 2, 2, 2], np.uint32)  # in tiles of two tokens: full, full, not full
+CHOICE = np.uint32(WHOLE)  # of records in two planes, slot 2 is computed from both
 RECORDS = 5
 Answer = npt.NDArray[np.float64]
 
@@ -38,53 +41,71 @@ class Scene:
         )
 
 
-def gate_up(bits: int = 4) -> Scene:
-    spec, bank, rng = _bank(reference.make_spec(576, 96, bits, 32))
+@dataclass(frozen=True, slots=True)
+class Bank:
+    spec: ExpertSpec
+    records: list[Bytes]
+    four: ExpertSpec  # what whole pairs are computed from
+    four_records: list[Bytes]
+
+    def of(self, slot: int) -> tuple[Bytes, ExpertSpec]:
+        if slot >= WHOLE:
+            return self.four_records[slot - WHOLE], self.four
+        return self.records[slot], self.spec
+
+    def chosen(self, slots: U32) -> U32:
+        return slots | (slots == 2) * CHOICE if self.spec.split else slots
+
+
+def gate_up(bits: int = 4, split: bool = False) -> Scene:
+    bank, rng = _bank(576, 96, bits, split)
+    spec, slots = bank.spec, bank.chosen(SLOTS)
     x = reference.rounded(rng.standard_normal((3, 576)), "bfloat16")
-    tiles = gpu.make_tiles(TOKENS, SLOTS, 2)
+    tiles = gpu.make_tiles(TOKENS, slots, 2)
 
     def launch() -> list[mx.array]:
         given = mx.array(x.astype(np.float32)).astype(mx.bfloat16)
-        return [gpu.gate_up("metal", spec, given, _words(bank), tiles, TUNING)]
+        return [gpu.gate_up("metal", spec, given, _words(bank.records), tiles, TUNING)]
 
     rows = [
-        reference.hidden_state(bank[slot], spec, x[token : token + 1])
-        for slot, token in zip(SLOTS, TOKENS, strict=True)
+        reference.hidden_state(*bank.of(slot), x[token : token + 1])
+        for slot, token in zip(slots, TOKENS, strict=True)
     ]
     read = [spec.gate, spec.up]
-    return Scene(launch, *_stack(rows), {"bank": _others(spec, {2, 4}, read)})
+    return Scene(launch, *_stack(rows), {"bank": _others(spec, slots, read)})
 
 
-def down(bits: int = 4) -> Scene:
-    spec, bank, rng = _bank(reference.make_spec(96, 576, bits, 32))
+def down(bits: int = 4, split: bool = False) -> Scene:
+    bank, rng = _bank(96, 576, bits, split)
+    spec, slots = bank.spec, bank.chosen(SLOTS)
     h = rng.standard_normal((5, 576)).astype(np.float32)
-    tiles = gpu.make_tiles(TOKENS, SLOTS, 2)
+    tiles = gpu.make_tiles(TOKENS, slots, 2)
 
     def launch() -> list[mx.array]:
-        given = (mx.array(h), _words(bank), tiles)
+        given = (mx.array(h), _words(bank.records), tiles)
         return [gpu.down("metal", spec, *given, mx.float32, TUNING)]
 
-    rows = [_product(bank[slot], spec.down, h[i]) for i, slot in enumerate(SLOTS)]
-    return Scene(launch, *_stack(rows), {"bank": _others(spec, {2, 4}, [spec.down])})
+    rows = [_product(*bank.of(slot), h[i]) for i, slot in enumerate(slots)]
+    return Scene(launch, *_stack(rows), {"bank": _others(spec, slots, [spec.down])})
 
 
-def down_combine(bits: int = 4) -> Scene:
-    spec, bank, rng = _bank(reference.make_spec(96, 576, bits, 32))
+def down_combine(bits: int = 4, split: bool = False) -> Scene:
+    bank, rng = _bank(96, 576, bits, split)
+    spec, slots = bank.spec, bank.chosen(np.array([4, 0, 2, 2, 4, 0], np.uint32))
     h = rng.standard_normal((6, 576)).astype(np.float32)
-    slots = np.array([4, 0, 2, 2, 4, 0], np.uint32)
     tiles = gpu.make_tiles(np.repeat(np.arange(2, dtype=np.uint32), 3), slots)
     weights = rng.uniform(0.1, 1, (2, 3)).astype(np.float32)
     extras, added = _extras(rng)
 
     def launch() -> list[mx.array]:
-        given = (mx.array(h), _words(bank), tiles, mx.array(weights), extras)
+        given = (mx.array(h), _words(bank.records), tiles, mx.array(weights), extras)
         return [gpu.down_combine("metal", spec, *given, mx.float32, TUNING)]
 
-    rows = [_product(bank[slot], spec.down, h[i]) for i, slot in enumerate(slots)]
+    rows = [_product(*bank.of(slot), h[i]) for i, slot in enumerate(slots)]
     return Scene(
         launch,
         *_mixed([(weights[i // 3, i % 3], row) for i, row in enumerate(rows)], added),
-        {"bank": _others(spec, {0, 2, 4}, [spec.down])},
+        {"bank": _others(spec, slots, [spec.down])},
     )
 
 
@@ -118,6 +139,7 @@ def router() -> Scene:
 
 SCENES: dict[str, Callable[[], Scene]] = {
     "expert_gate_up_swiglu": gate_up,
+    "gate and up of planes": lambda: gate_up(2, True),
     "expert_down": down,
     "expert_down_combine": down_combine,
     "combine": combine,
@@ -125,37 +147,50 @@ SCENES: dict[str, Callable[[], Scene]] = {
 }
 
 
-def _bank(spec: ExpertSpec) -> tuple[ExpertSpec, list[Bytes], np.random.Generator]:
+def _bank(
+    hidden: int, intermediate: int, bits: int, split: bool
+) -> tuple[Bank, np.random.Generator]:
     """Records without padding: the last byte of the last is the last of the buffer."""
-    spec = replace(spec, stride=_parts(spec.down)[-1][1])
     rng = np.random.default_rng(0)
-    return spec, [reference.random_record(spec, rng) for _ in range(RECORDS)], rng
+    if split:
+        made = make_planes(split_spec(hidden, intermediate, 32), RECORDS, rng)
+        spec, records, four = made.spec, made.bank, (made.four, made.four_bank)
+    else:
+        spec = reference.make_spec(hidden, intermediate, bits, 32)
+        records = [reference.random_record(spec, rng) for _ in range(RECORDS)]
+        four = (spec, records)
+    end = _parts(spec.down, split)[-1][1]
+    return Bank(replace(spec, stride=end), [record[:end] for record in records], *four), rng
 
 
 def _words(bank: list[Bytes]) -> mx.array:
     return mx.array(np.stack(bank).view(np.uint32))
 
 
-def _parts(matrix: Matrix) -> list[tuple[int, int]]:
+def _parts(matrix: Matrix, whole: bool) -> list[tuple[int, int]]:
+    codes = matrix.rows * matrix.columns * matrix.bits // 8
     scales = matrix.rows * matrix.columns // matrix.group_size * 2
-    sizes = (matrix.rows * matrix.columns * matrix.bits // 8, scales, scales)
-    starts = (matrix.weight, matrix.scales, matrix.biases)
+    sizes, starts = [codes, scales, scales], [matrix.weight, matrix.scales, matrix.biases]
+    if whole and matrix.rest is not None:
+        rest = matrix.rest
+        sizes = [codes, codes, scales, scales]
+        starts = [matrix.weight, rest.weight, rest.scales, rest.biases]
     return [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
-def _others(spec: ExpertSpec, slots: set[int], read: list[Matrix]) -> list[tuple[int, int]]:
-    """All of the bank but these matrices of these records."""
+def _others(spec: ExpertSpec, slots: U32, read: list[Matrix]) -> list[tuple[int, int]]:
+    """All of the bank but these matrices of these records, in the planes that were chosen."""
     found, at = [], 0
-    for slot in sorted(slots):
-        for begin, end in sorted(part for matrix in read for part in _parts(matrix)):
+    for slot, whole in sorted({(slot % WHOLE, slot >= WHOLE) for slot in slots.tolist()}):
+        for begin, end in sorted(part for matrix in read for part in _parts(matrix, whole)):
             found.append((at, slot * spec.stride + begin))
             at = slot * spec.stride + end
     return [(begin, end) for begin, end in [*found, (at, RECORDS * spec.stride)] if begin < end]
 
 
-def _product(record: Bytes, matrix: Matrix, h: npt.NDArray[np.float32]) -> Bounded:
+def _product(record: Bytes, spec: ExpertSpec, h: npt.NDArray[np.float32]) -> Bounded:
     x = h[None].astype(np.float64)
-    return reference.product(record, matrix, Bounded(x, np.zeros_like(x)))
+    return reference.product(record, spec.down, Bounded(x, np.zeros_like(x)))
 
 
 def _stack(rows: list[Bounded]) -> tuple[list[Answer], list[Answer]]:

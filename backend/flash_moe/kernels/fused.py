@@ -2,6 +2,7 @@
 
 A pair is one token and one of the experts that it chose. `rows` and `mixture` read the weights
 where the bank has them, so their result must be fenced like any other that is computed from it.
+Where records lie in two planes, spec.WHOLE in a pair's slot number has it computed from both.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ class GpuKernels:
     def rows(
         self, lane: Memory, spec: ExpertSpec, x: mx.array, tokens: U32, slots: U32
     ) -> mx.array:
-        shared = tile_size(len(slots), len(np.unique(slots)))
+        distinct = np.unique(slots)
+        spec.check_choice(int(distinct[-1]))
+        shared = tile_size(len(slots), len(distinct))
         tiles = gpu.make_tiles(tokens, slots, shared)
         tuning = tuning_for(shared)
         h = gpu.gate_up(self.kind, spec, x, lane.words, tiles, tuning[0])
@@ -95,7 +98,9 @@ class GpuKernels:
     ) -> mx.array:
         t, k = slots.shape
         tokens, flat = np.repeat(np.arange(t, dtype=np.uint32), k), slots.reshape(-1)
-        if tile_size(t * k, len(np.unique(flat))) == 1:
+        distinct = np.unique(flat)
+        spec.check_choice(int(distinct[-1]))
+        if tile_size(t * k, len(distinct)) == 1:
             tiles, tuning = gpu.make_tiles(tokens, flat), tuning_for(1)
             h = gpu.gate_up(self.kind, spec, x, lane.words, tiles, tuning[0])
             return gpu.down_combine(

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flash_moe.kernels.shaders import GpuKind, kernel
-from flash_moe.kernels.spec import ExpertSpec, Matrix
+from flash_moe.kernels.spec import ExpertSpec, Matrix, Rest
 
 U32 = npt.NDArray[np.uint32]
 Constants = tuple[tuple[str, Any], ...]
@@ -33,7 +33,8 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """The work of a step: (slot, first row, rows, their tokens …) a tile."""
+    """The work of a step: (slot, first row, rows, their tokens …) a tile. A slot with WHOLE set is
+    another than without: a tile has one choice of planes."""
 
     table: mx.array
     count: int
@@ -210,6 +211,7 @@ def _matrices(spec: ExpertSpec, columns: int, *names: str) -> Constants:
     found: list[tuple[str, Any]] = [
         ("S", getattr(mx, first.scale_type)),
         ("BITS", first.bits),
+        ("SPLIT", spec.split),
         ("GROUP", first.group_size),
         # Three bits end on a word border every 32 columns only.
         ("VPT", 32 if first.bits == 3 else min(columns, first.group_size)),
@@ -224,6 +226,12 @@ def _matrices(spec: ExpertSpec, columns: int, *names: str) -> Constants:
             (f"{letter}W", matrix.weight // 4),
             (f"{letter}S", matrix.scales // size),
             (f"{letter}B", matrix.biases // size),
+        ]
+        rest = matrix.rest or Rest(0, 0, 0)
+        found += [
+            (f"{letter}RW", rest.weight // 4),
+            (f"{letter}RS", rest.scales // size),
+            (f"{letter}RB", rest.biases // size),
         ]
     return tuple(found)
 

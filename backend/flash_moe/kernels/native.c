@@ -15,8 +15,12 @@
 #include "native_pool.h"
 #include "native_product.h"
 
-struct spec {
+struct expert {
     struct matrix gate, up, down;
+};
+
+struct spec { /* where a record has two planes, what it is to a pair of the first, and of both */
+    struct expert first, whole;
     uint64_t stride;
 };
 
@@ -88,34 +92,39 @@ struct experts {
     const uint8_t *bank;
     const float *x, *weights, *base;
     float *out, *h, *d; /* h [pairs, intermediate]; d [threads, pairs, BLOCK] */
-    const uint64_t *order; /* slot << 32 | pair, sorted */
-    const size_t *starts;  /* of each slot's run in order, and the end */
-    size_t tokens, k, slots;
+    const uint64_t *order; /* slot << 33 | whole << 32 | pair, sorted */
+    const size_t *starts;  /* of each run of one slot and choice in order, and the end */
+    size_t tokens, k, runs;
 };
 
-/* Up to TOKENS pairs of one slot from order[i] on, their numbers in `pairs`. */
+/* Up to TOKENS pairs of one run from order[i] on, their numbers in `pairs`. */
 static int next_pairs(const struct experts *job, size_t i, size_t end, size_t *pairs) {
     const int n = (int)smaller(TOKENS, end - i);
     for (int j = 0; j < n; j++) pairs[j] = (uint32_t)job->order[i + (size_t)j];
     return n;
 }
 
-static uintptr_t record(const struct experts *job, size_t slot) {
-    return (uintptr_t)job->bank + (job->order[job->starts[slot]] >> 32) * job->s->stride;
+static uintptr_t record(const struct experts *job, size_t run) {
+    return (uintptr_t)job->bank + (job->order[job->starts[run]] >> 33) * job->s->stride;
 }
 
-/* h = silu(gate x) * up x, a block of rows of one slot for all its tokens. */
+static const struct expert *expert(const struct experts *job, size_t run) {
+    return job->order[job->starts[run]] >> 32 & 1 ? &job->s->whole : &job->s->first;
+}
+
+/* h = silu(gate x) * up x, a block of rows of one run for all its tokens. */
 static void hidden_piece(void *context, size_t i, int thread) {
     (void)thread;
     const struct experts *job = context;
-    const struct spec *s = job->s;
-    const size_t per = blocks(s->gate.rows), slot = i / per, row = i % per * BLOCK;
-    const size_t end = smaller(row + BLOCK, s->gate.rows), last = job->starts[slot + 1];
-    const uintptr_t from = record(job, slot);
+    const size_t rows = job->s->first.gate.rows, per = blocks(rows), run = i / per;
+    const size_t row = i % per * BLOCK, end = smaller(row + BLOCK, rows);
+    const size_t last = job->starts[run + 1];
+    const struct expert *s = expert(job, run);
+    const uintptr_t from = record(job, run);
     float gate[TOKENS][BLOCK], up[TOKENS][BLOCK];
     float *const gates[TOKENS] = {gate[0], gate[1], gate[2], gate[3]};
     float *const ups[TOKENS] = {up[0], up[1], up[2], up[3]};
-    for (size_t p = job->starts[slot]; p < last; p += TOKENS) {
+    for (size_t p = job->starts[run]; p < last; p += TOKENS) {
         size_t pairs[TOKENS];
         const float *x[TOKENS];
         const int n = next_pairs(job, p, last, pairs);
@@ -123,7 +132,7 @@ static void hidden_piece(void *context, size_t i, int thread) {
         product(&s->gate, from, row, end, n, x, gates);
         product(&s->up, from, row, end, n, x, ups);
         for (int j = 0; j < n; j++) {
-            float *h = job->h + pairs[j] * padded(s->gate.rows);
+            float *h = job->h + pairs[j] * padded(rows);
             for (size_t r = row; r < end; r++) {
                 const float g = gate[j][r - row];
                 h[r] = g / (1 + expf(-g)) * up[j][r - row];
@@ -136,19 +145,20 @@ static void hidden_piece(void *context, size_t i, int thread) {
  * block of every pair's output exists at a time: 32 of 4096 rows. */
 static void down_piece(void *context, size_t i, int thread) {
     const struct experts *job = context;
-    const struct matrix *down = &job->s->down;
-    const size_t row = i * BLOCK, end = smaller(row + BLOCK, down->rows), rows = down->rows;
+    const size_t rows = job->s->first.down.rows, columns = job->s->first.down.columns;
+    const size_t row = i * BLOCK, end = smaller(row + BLOCK, rows);
     float *d = job->weights ? job->d + (size_t)thread * job->tokens * job->k * BLOCK : NULL;
-    for (size_t slot = 0; slot < job->slots; slot++) {
-        const uintptr_t from = record(job, slot);
-        const size_t last = job->starts[slot + 1];
-        for (size_t p = job->starts[slot]; p < last; p += TOKENS) {
+    for (size_t run = 0; run < job->runs; run++) {
+        const struct matrix *down = &expert(job, run)->down;
+        const uintptr_t from = record(job, run);
+        const size_t last = job->starts[run + 1];
+        for (size_t p = job->starts[run]; p < last; p += TOKENS) {
             size_t pairs[TOKENS];
             const float *h[TOKENS];
             float *out[TOKENS];
             const int n = next_pairs(job, p, last, pairs);
             for (int j = 0; j < n; j++) {
-                h[j] = job->h + pairs[j] * padded(down->columns);
+                h[j] = job->h + pairs[j] * padded(columns);
                 out[j] = d ? d + pairs[j] * BLOCK : job->out + pairs[j] * rows + row;
             }
             product(down, from, row, end, n, h, out);
@@ -168,7 +178,7 @@ static int by_slot(const void *a, const void *b) {
 }
 
 static int experts_chunk(struct experts *job, const uint32_t *slots) {
-    const struct spec *s = job->s;
+    const struct expert *s = &job->s->first;
     const size_t pairs = job->tokens * job->k, hidden = s->gate.columns;
     const size_t x = job->tokens * padded(hidden), h = pairs * padded(s->gate.rows);
     const size_t d = job->weights ? (size_t)pool_threads() * pairs * BLOCK : 0;
@@ -180,15 +190,17 @@ static int experts_chunk(struct experts *job, const uint32_t *slots) {
     job->d = job->h + h;
     uint64_t *order = (uint64_t *)(job->d + d);
     size_t *starts = (size_t *)(order + pairs);
-    for (size_t i = 0; i < pairs; i++) order[i] = (uint64_t)slots[i] << 32 | i;
-    qsort(order, pairs, 8, by_slot);
-    job->slots = 0;
+    /* The choice goes from the top to the bottom: both kinds of a slot's pairs share its cache. */
     for (size_t i = 0; i < pairs; i++)
-        if (i == 0 || order[i] >> 32 != order[i - 1] >> 32) starts[job->slots++] = i;
-    starts[job->slots] = pairs;
+        order[i] = (uint64_t)(slots[i] << 1 | slots[i] >> 31) << 32 | i;
+    qsort(order, pairs, 8, by_slot);
+    job->runs = 0;
+    for (size_t i = 0; i < pairs; i++)
+        if (i == 0 || order[i] >> 32 != order[i - 1] >> 32) starts[job->runs++] = i;
+    starts[job->runs] = pairs;
     job->order = order;
     job->starts = starts;
-    pool_run(hidden_piece, job, job->slots * blocks(s->gate.rows));
+    pool_run(hidden_piece, job, job->runs * blocks(s->gate.rows));
     pool_run(down_piece, job, blocks(s->down.rows));
     return 0;
 }
@@ -196,12 +208,12 @@ static int experts_chunk(struct experts *job, const uint32_t *slots) {
 int flash_experts(const struct spec *s, const uint8_t *bank, const float *x, const uint32_t *slots,
                   const float *weights, const float *base, float *out, uint64_t tokens,
                   uint64_t k) {
-    const size_t most = at_least_1(SCRATCH / (4 * k * padded(s->gate.rows)));
-    const size_t hidden = s->down.rows;
+    const size_t most = at_least_1(SCRATCH / (4 * k * padded(s->first.gate.rows)));
+    const size_t hidden = s->first.down.rows;
     int failed = 0;
     pool_enter();
     for (size_t t = 0; t < tokens && !failed; t += most) {
-        struct experts job = {.s = s, .bank = bank, .x = x + t * s->gate.columns, .k = k};
+        struct experts job = {.s = s, .bank = bank, .x = x + t * hidden, .k = k};
         job.tokens = smaller(most, tokens - t);
         job.weights = weights ? weights + t * k : NULL;
         job.base = base ? base + t * hidden : NULL;

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from flash_moe.kernels.native_arrays import require, require_array
 from flash_moe.kernels.native_build import KERNELS, NativeUnavailable, build, find_compiler
-from flash_moe.kernels.spec import BITS, GROUP_SIZES, SCALE_TYPES, ExpertSpec, Matrix
+from flash_moe.kernels.spec import BITS, GROUP_SIZES, SCALE_TYPES, WHOLE, ExpertSpec, Matrix
 
 __all__ = [
     "Native",
@@ -38,15 +38,17 @@ MOST_THREADS = 256
 class _Matrix(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("rows", "columns", "weight", "scales", "biases")),
-        *((name, ctypes.c_uint32) for name in ("bits", "group", "type", "unused")),
+        *((name, ctypes.c_uint32) for name in ("bits", "group", "type", "planes")),
+        ("low", ctypes.c_uint64),
     )
+
+
+class _Expert(ctypes.Structure):
+    _fields_ = tuple((name, _Matrix) for name in ("gate", "up", "down"))
 
 
 class _Spec(ctypes.Structure):
-    _fields_ = (
-        *((name, _Matrix) for name in ("gate", "up", "down")),
-        ("stride", ctypes.c_uint64),
-    )
+    _fields_ = (("first", _Expert), ("whole", _Expert), ("stride", ctypes.c_uint64))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +84,7 @@ def resident(
     parts = (weight, scales, biases)
     addresses = [part.ctypes.data for part in parts]
     kinds = SCALE_TYPES.index(kind or "")
-    struct = _Matrix(rows, columns, *addresses, bits, group_size, kinds)
+    struct = _Matrix(rows, columns, *addresses, bits, group_size, kinds, 1)
     return Resident(rows, columns, parts, struct)
 
 
@@ -125,6 +127,7 @@ class Native:
         """With weights: base[t] + sum over k of weights[t, k] * expert_{slots[t, k]}(x[t]), summed
         in the order of k, float32 [tokens, hidden]. Without: every expert's output,
         [tokens, k, hidden]. What a token gets does not depend on the others, nor on the threads.
+        A slot with WHOLE set is computed from both planes of its record.
 
         `bank` is slot 0: an address, whose `count` of slots is believed, or a buffer of bytes.
         """
@@ -139,8 +142,10 @@ class Native:
         slots = require_array("slots", slots, np.uint32, (-1, -1))
         tokens, k = slots.shape
         x = require_array("x", x, np.float32, (tokens, hidden))
-        if slots.size and count is not None and (largest := int(slots.max())) >= count:
-            raise ValueError(f"slot {largest}: the bank has {count}")
+        if slots.size:
+            spec.check_choice(int(slots.max()))
+            if count is not None and (largest := int((slots & ~np.uint32(WHOLE)).max())) >= count:
+                raise ValueError(f"slot {largest}: the bank has {count}")
         shape: tuple[int, ...] = (tokens, k, hidden)
         if weights is not None:
             weights = require_array("weights", weights, np.float32, (tokens, k))
@@ -204,21 +209,27 @@ def _spec(spec: ExpertSpec) -> tuple[_Spec, int]:
     like = (gate.rows, gate.columns)
     require(like == (up.rows, up.columns), "gate and up differ in shape")
     require(like == (down.columns, down.rows), "down does not lead back from gate and up")
-    structs, ends = zip(*(_matrix(m) for m in (gate, up, down)), strict=True)
+    first, whole, ends = zip(*(_matrices(m) for m in (gate, up, down)), strict=True)
     require(max(ends) <= spec.stride, f"a record of {max(ends)} bytes in steps of {spec.stride}")
-    return _Spec(*structs, spec.stride), max(ends)
+    return _Spec(_Expert(*first), _Expert(*whole), spec.stride), max(ends)
 
 
-def _matrix(m: Matrix) -> tuple[_Matrix, int]:
+def _matrices(m: Matrix) -> tuple[_Matrix, _Matrix, int]:
+    """What a pair of the first plane needs, or the only one, what a pair of both, and their end."""
     require(m.bits in BITS, f"{m.bits} bits are not among {BITS}")
     require(m.group_size in GROUP_SIZES, f"group size {m.group_size} is not among {GROUP_SIZES}")
     require(m.scale_type in SCALE_TYPES, f"scales are {m.scale_type}, not of {SCALE_TYPES}")
     fits = m.rows > 0 and m.columns > 0 and m.columns % m.group_size == 0
     require(fits, f"{m.rows} × {m.columns} in groups of {m.group_size}")
-    require(min(m.weight, m.scales, m.biases) >= 0, "a part begins before its record")
-    width = 4 if m.scale_type == "float32" else 2
-    groups = m.rows * (m.columns // m.group_size) * width
-    end = max(m.weight + m.rows * m.columns * m.bits // 8, m.scales + groups, m.biases + groups)
-    kind = SCALE_TYPES.index(m.scale_type)
-    numbers = (m.rows, m.columns, m.weight, m.scales, m.biases, m.bits, m.group_size, kind)
-    return _Matrix(*numbers), end
+    planes = (m, m.rest or m)
+    begin = min(min(plane.weight, plane.scales, plane.biases) for plane in planes)
+    require(begin >= 0, "a part begins before its record")
+    codes = m.rows * m.columns * m.bits // 8
+    groups = m.rows * (m.columns // m.group_size) * (4 if m.scale_type == "float32" else 2)
+    end = max(max(p.weight + codes, p.scales + groups, p.biases + groups) for p in planes)
+    size, kind = (m.rows, m.columns), (m.group_size, SCALE_TYPES.index(m.scale_type))
+    first = _Matrix(*size, m.weight, m.scales, m.biases, m.bits, *kind, 1)
+    rest = planes[1]
+    parts = (m.weight, rest.scales, rest.biases)
+    whole = _Matrix(*size, *parts, 2 * m.bits, *kind, 2, rest.weight)
+    return first, whole, end

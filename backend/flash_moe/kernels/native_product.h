@@ -10,7 +10,8 @@
 
 struct matrix { /* mirrored in native.py; offsets into a record, or addresses where base is 0 */
     uint64_t rows, columns, weight, scales, biases;
-    uint32_t bits, group, type, unused;
+    uint32_t bits, group, type, planes;
+    uint64_t low; /* of two planes, that of the low bits; that of the high ones is at weight */
 };
 
 enum { BFLOAT16, FLOAT16, FLOAT32 };
@@ -46,19 +47,34 @@ static inline void to_float(float *to, const uint8_t *from, int n, uint32_t type
     }
 }
 
+/* -- two planes ---------------------------------------------------------------------------- */
+
+/* MLX's 4-bit codes from the high and the low two bits of them, n bytes each: what follows is then
+ * what follows for 4 bits, and results are the same to the bit. Any compiler makes vectors of it. */
+static inline void join(uint8_t *restrict to, const uint8_t *high, const uint8_t *low, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const uint8_t h = high[i], l = low[i];
+        const uint8_t even = (uint8_t)((h & 0x33) << 2 | (l & 0x33));
+        const uint8_t odd = (uint8_t)((h & 0xcc) | (l >> 2 & 0x33));
+        to[2 * i] = (uint8_t)((even & 0x0f) | odd << 4);
+        to[2 * i + 1] = (uint8_t)(even >> 4 | (odd & 0xf0));
+    }
+}
+
 /* -- products ------------------------------------------------------------------------------ */
 
 /* out[t][r] = row (first + r) · x[t] for R rows and T tokens. Rows past `end` and tokens past the
  * last one repeat the last: computed, and not kept. */
 static inline __attribute__((always_inline)) void
 tile(const struct matrix *m, uintptr_t base, size_t first, size_t end, int n,
-     const float *const *x, float *const *out, size_t at, const int bits, const int R,
-     const int T) {
+     const float *const *x, float *const *out, size_t at, const int bits, const int planes,
+     const int R, const int T) {
     const size_t groups = m->columns / m->group, size = m->type == FLOAT32 ? 4 : 2;
-    const size_t row_bytes = m->columns * (size_t)bits / 8;
+    const size_t row_bytes = m->columns * (size_t)(bits / planes) / 8;
     const int units = (int)m->group / UNIT;
     const uint8_t *codes[8];
     const float *xs[TOKENS];
+    uint8_t joined[8][CHUNK * 128 / 2]; /* of the groups at hand, where there are planes */
     vf sums[8][TOKENS];
     UNROLL for (int r = 0; r < R; r++) {
         size_t row = first + (size_t)r < end ? first + (size_t)r : end - 1;
@@ -75,15 +91,23 @@ tile(const struct matrix *m, uintptr_t base, size_t first, size_t end, int n,
             size_t place = size * (row * groups + g0);
             to_float(scales[r], (const uint8_t *)(base + m->scales + place), count, m->type);
             to_float(biases[r], (const uint8_t *)(base + m->biases + place), count, m->type);
+            if (planes == 2) {
+                const uint8_t *high = codes[r] + column / 4;
+                const uintptr_t low = (uintptr_t)high - m->weight + m->low;
+                join(joined[r], high, (const uint8_t *)low, (size_t)count * m->group / 4);
+            }
         }
         /* The next tile's part: a row is too short for the processor to see where it goes on. From
          * memory, 2 bits: 0.10 ms instead of 0.18; 3 bits: 0.14 instead of 0.30. */
         for (int r = 0; r < R; r++) {
             const size_t next = first + (size_t)(R + r), place = size * (next * groups + g0);
-            const uintptr_t from = base + m->weight + next * row_bytes + code;
+            const uintptr_t from = base + m->weight + next * row_bytes + code / planes;
             if (next >= m->rows) break;
-            for (size_t i = 0; i < (size_t)count * m->group * (size_t)bits / 8; i += 64)
+            for (size_t i = 0; i < (size_t)count * m->group * (size_t)(bits / planes) / 8;
+                 i += 64) {
                 __builtin_prefetch((const void *)(from + i));
+                if (planes == 2) __builtin_prefetch((const void *)(from + m->low - m->weight + i));
+            }
             __builtin_prefetch((const void *)(base + m->scales + place));
             __builtin_prefetch((const void *)(base + m->biases + place));
         }
@@ -94,7 +118,9 @@ tile(const struct matrix *m, uintptr_t base, size_t first, size_t end, int n,
             for (int u = 0; u < units; u++, code += 2 * (size_t)bits, column += UNIT) {
                 UNROLL for (int r = 0; r < R; r++) {
                     vf w[UNIT / LANES];
-                    unit_weights(w, bits, codes[r] + code, &tables[r]);
+                    const uint8_t *unit = codes[r] + code;
+                    if (planes == 2) unit = joined[r] + (column - g0 * m->group) / 2;
+                    unit_weights(w, bits, unit, &tables[r]);
                     UNROLL for (int t = 0; t < T; t++)
                         UNROLL for (int v = 0; v < UNIT / LANES; v++) {
                             const vf part = v_load(xs[t] + column + v * LANES);
@@ -111,22 +137,28 @@ tile(const struct matrix *m, uintptr_t base, size_t first, size_t end, int n,
 }
 
 /* out[t][0 .. end - row) for n <= TOKENS tokens. */
-#define ROWS_OF(BITS, R, T)                                                                       \
-    for (size_t r = row; r < end; r += R) tile(m, base, r, end, n, x, out, r - row, BITS, R, T)
-#define PRODUCT(BITS)                                                                             \
-    static void product_##BITS(const struct matrix *m, uintptr_t base, size_t row, size_t end,     \
+#define ROWS_OF(BITS, PLANES, R, T)                                                               \
+    for (size_t r = row; r < end; r += R)                                                         \
+        tile(m, base, r, end, n, x, out, r - row, BITS, PLANES, R, T)
+#define PRODUCT(NAME, BITS, PLANES)                                                               \
+    static void product_##NAME(const struct matrix *m, uintptr_t base, size_t row, size_t end,     \
                                int n, const float *const *x, float *const *out) {                 \
         if (n == 1)                                                                               \
-            ROWS_OF(BITS, ROWS_1, 1);                                                             \
+            ROWS_OF(BITS, PLANES, ROWS_1, 1);                                                     \
         else if (n == 2)                                                                          \
-            ROWS_OF(BITS, ROWS_2, 2);                                                             \
+            ROWS_OF(BITS, PLANES, ROWS_2, 2);                                                     \
         else                                                                                      \
-            ROWS_OF(BITS, ROWS_4, 4);                                                             \
+            ROWS_OF(BITS, PLANES, ROWS_4, 4);                                                     \
     }
-PRODUCT(2) PRODUCT(3) PRODUCT(4) PRODUCT(5) PRODUCT(6) PRODUCT(8)
+PRODUCT(2, 2, 1) PRODUCT(3, 3, 1) PRODUCT(4, 4, 1) PRODUCT(5, 5, 1) PRODUCT(6, 6, 1)
+PRODUCT(8, 8, 1) PRODUCT(planes, 4, 2)
 
 static void product(const struct matrix *m, uintptr_t base, size_t row, size_t end, int n,
                     const float *const *x, float *const *out) {
+    if (m->planes == 2) {
+        product_planes(m, base, row, end, n, x, out);
+        return;
+    }
     switch (m->bits) {
         case 2: product_2(m, base, row, end, n, x, out); break;
         case 3: product_3(m, base, row, end, n, x, out); break;

@@ -47,6 +47,25 @@ class ExpertSpec:
     down: Matrix
     stride: int
 
+    def __post_init__(self) -> None:
+        matrices = (self.gate, self.up, self.down)
+        if len({matrix.rest is None for matrix in matrices}) > 1:
+            raise ValueError("some matrices of a record have a second plane and some have none")
+        if self.split and any(matrix.bits != 2 for matrix in matrices):
+            raise ValueError("a matrix in two planes has a first plane that is not of 2 bits")
+
+    @property
+    def split(self) -> bool:
+        """Whether records lie in two planes, so that a pair has a choice."""
+        return self.gate.rest is not None
+
+    def check_choice(self, largest: int) -> None:
+        """Of all slot numbers of a call the largest, which is where WHOLE shows."""
+        if largest >= WHOLE and not self.split:
+            raise ValueError(
+                f"slot {largest - WHOLE} is to be computed from two planes: it has one"
+            )
+
     @property
     def hidden(self) -> int:
         return self.gate.columns
