@@ -65,4 +65,6 @@ def describe_calibrating(calibration: Calibration, measured: Measured) -> str:
 
 
 def size(nbytes: int) -> str:
+    if nbytes < 1e6:
+        return f"{nbytes / 1e3:.0f} kB"
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

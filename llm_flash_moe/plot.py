@@ -26,7 +26,7 @@ COST = "cost.decode.expert_bytes_per_token"
     help="What to draw, by its names in the JSON: json.equal, against.kl, against.spans.calls.kl …",
 )
 def plot(results: tuple[Path, ...], to: Path, figure: str) -> None:
-    """Draw how good models are over the bytes of experts that a token of a reply reads.
+    """Draw how good models are over the bytes that a token reads.
 
     RESULTS are files that `llm flash-moe eval NAME --json > FILE` wrote; each is a dot with its
     standard error, and named after its file.
