@@ -243,7 +243,7 @@ def test_pack_and_what_is_said_of_it(demo_folder: Path, tmp_path: Path) -> None:
     assert said.startswith("Quantized 2.0 MB of experts (two planes) at ")
     assert "demo-planes: qwen3_5_moe, 4-bit in two planes, pack\n" in said
     assert "\n  experts in two planes: 2-bit, or 4-bit as they were\n" in said
-    assert "MB each, of which a first plane is 0.0 MB\n" in said
+    assert "kB each, of which a first plane is 49 kB\n" in said
     assert "less exact" not in said
     assert said.endswith('Ready: llm -m demo-planes "your prompt"\n')
     listed = works("flash-moe", "models").stdout.splitlines()[-1]
