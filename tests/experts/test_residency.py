@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from flash_moe.experts.layout import make_layout
+from flash_moe.experts.reader import Reader
 from flash_moe.experts.residency import Residency
 from flash_moe.experts.store import ExpertStore, packed_layer
+from flash_moe.measure.disk import bytes_from_disk
 
 EXPERTS = 6
 # Large, because a system may cache, and then drop, pieces of 2 MB.
@@ -25,6 +27,31 @@ def drop(file: Path, offset: int, length: int) -> None:
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)
+
+
+def test_what_comes_from_the_disk_is_counted(tmp_path: Path) -> None:
+    file, stride = tmp_path / "layer", LAYOUT.stride
+    file.write_bytes(os.urandom(2 * stride))
+    store, reader = ExpertStore([packed_layer("switch", 2, LAYOUT, file)]), Reader()
+    found = []
+    try:
+        for dropped in (False, True):
+            if dropped:
+                drop(file, 0, 2 * stride)
+                if Residency(store).cached(0, 0):
+                    pytest.skip("this file system drops nothing")
+            before = bytes_from_disk()
+            for segment in (*store.segments(0, 0), *store.segments(0, 1)):
+                reader.read([(segment, memoryview(bytearray(segment.length)))])
+            now = bytes_from_disk()
+            assert before is not None
+            assert now is not None
+            found.append(now - before)
+    finally:
+        reader.close()
+        store.close()
+    assert found[0] < stride
+    assert found[1] >= 2 * stride
 
 
 def test_an_expert_is_cached_until_it_is_dropped(tmp_path: Path) -> None:

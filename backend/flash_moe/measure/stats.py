@@ -8,6 +8,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from flash_moe.measure.disk import bytes_from_disk
+
 if TYPE_CHECKING:
     from flash_moe.model.load import StreamedModel
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 class Stats:
     """Filled while a reply is made; `finish_reason` is stop, length or cancelled at its end.
 
+    hit_rate is the share of the expert bytes that came from the page cache, where the system tells;
     io_seconds waits for the disk or page cache; readback_seconds waits for the router's choice,
     and so for the computing that leads to it; compute_seconds is all the rest. cached_tokens of the
     prompt were computed for an earlier one; prompt_tokens_per_second counts only the others. Of the
@@ -34,6 +37,7 @@ class Stats:
     prompt_tokens_per_second: float = 0.0
     tokens_per_second: float = 0.0
     expert_bytes: int = 0
+    hit_rate: float | None = None
     experts_read: int = 0
     gigabytes_per_second: float = 0.0
     io_seconds: float = 0.0
@@ -58,13 +62,15 @@ class Stats:
     def summary(self) -> str:
         """Two lines for people."""
         kept = f", {self.cached_tokens} of them kept" if self.cached_tokens else ""
+        hits = "" if self.hit_rate is None else f", {self.hit_rate:.0%} of them cached"
         return (
             f"{self.prompt_tokens} prompt tokens{kept} at {self.prompt_tokens_per_second:.1f}/s, "
             f"first token after {self.seconds_to_first_token:.2f} s; "
             f"{self.generated_tokens} tokens at {self.tokens_per_second:.1f}/s "
             f"({self.finish_reason}), {self.runtime} runtime\n"
-            f"{self.expert_bytes / 1e6:,.1f} MB of experts read at {self.gigabytes_per_second:.2f} "
-            f"GB/s; I/O {self.io_seconds:.2f} s, read-back {self.readback_seconds:.2f} s, compute "
+            f"{self.expert_bytes / 1e6:,.1f} MB of experts read{hits}, at "
+            f"{self.gigabytes_per_second:.2f} GB/s; I/O {self.io_seconds:.2f} s, read-back "
+            f"{self.readback_seconds:.2f} s, compute "
             f"{self.compute_seconds:.2f} s; peak memory {self.peak_rss_bytes / 1e6:,.0f} MB"
         )
 
@@ -78,6 +84,7 @@ class StopWatch:
         counters = self._streamer.reader.counters
         self._before = (counters.nbytes, counters.experts, counters.seconds)
         self._readback = self._streamer.readback_seconds
+        self._from_disk = bytes_from_disk()
         self._first: float | None = None
         self.stats = Stats(
             prompt_tokens=prompt_tokens,
@@ -102,6 +109,7 @@ class StopWatch:
         stats.io_seconds = counters.seconds - self._before[2]
         stats.readback_seconds = self._streamer.readback_seconds - self._readback
         stats.compute_seconds = elapsed - stats.io_seconds - stats.readback_seconds
+        stats.hit_rate = self._hit_rate(stats.expert_bytes)
         if stats.io_seconds:
             stats.gigabytes_per_second = stats.expert_bytes / stats.io_seconds / 1e9
         if self._first is not None:
@@ -111,6 +119,13 @@ class StopWatch:
             if stats.generated_tokens > 1:
                 stats.tokens_per_second = (stats.generated_tokens - 1) / (now - self._first)
         stats.peak_rss_bytes = peak_rss()
+
+    def _hit_rate(self, read: int) -> float | None:
+        now = bytes_from_disk()
+        if now is None or self._from_disk is None or not read:
+            return None
+        # Read-ahead may fetch more than was asked for.
+        return 1 - min(now - self._from_disk, read) / read
 
 
 def peak_rss() -> int:
