@@ -9,11 +9,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from flash_moe.checkpoint.folder import open_folder
+from flash_moe.checkpoint.pack import plan_pack
 from flash_moe.errors import OptionError
 from flash_moe.experts.choice import Choice
 from flash_moe.experts.mixture import StreamedMixture
 from flash_moe.model.load import Settings, StreamedModel, Weights, load
 from flash_moe.prefix.fingerprint import fingerprint
+from flash_moe.quant.planes import make_planes
 from tests.architectures import random_model, write_checkpoint
 
 PROMPT = mx.array([[5, 9, 2, 77, 30, 8]])
@@ -81,6 +84,52 @@ def _cut_by_hand(model: StreamedModel, keep: int = 9, least: float = 0.0) -> mx.
         return found
     finally:
         block.__call__ = own
+
+
+@pytest.fixture(scope="module")
+def planes(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("planes") / "pack"
+    plan_pack(open_folder(demo_folder), target, recast=make_planes()).write()
+    return target
+
+
+@pytest.mark.parametrize("runtime", ["mlx", "native"])
+def test_with_all_bits_planes_are_the_model(demo_folder: Path, planes: Path, runtime: str) -> None:
+    own = logits(demo_folder, runtime=runtime)
+    assert (logits(planes, runtime=runtime) == own).all()
+    # By rank, experts are added up in another order than mlx-lm's.
+    near(logits(planes, runtime=runtime, whole=4), own, 0 if runtime == "native" else 1e-4)
+    near(logits(planes, runtime=runtime, whole=0, whole_in=("prompt",)), own, 1e-4)
+    errors = [abs(logits(planes, runtime=runtime, whole=n) - own).mean() for n in range(4)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] > 1e-3
+
+
+def test_bytes_are_those_of_the_planes_that_are_wanted(planes: Path) -> None:
+    model = load(planes)
+    layout = model.streamer.store.layers[0].layout
+    model.close()
+    assert layout.first_bytes < layout.stride
+    for whole, occasion in ((None, "reply"), (0, "reply"), (1, "reply"), (0, "grammar")):
+        model = load(planes, Settings(whole=whole, whole_in=("grammar",) if whole == 0 else ()))
+        model.streamer.occasion = occasion
+        mx.eval(model(PROMPT[:, :1], cache=model.make_cache()))
+        both = 4 if whole is None or occasion == "grammar" else whole
+        found = model.streamer.reader.counters.nbytes
+        assert found == 4 * (both * layout.stride + (4 - both) * layout.first_bytes)
+        model.close()
+
+
+def test_planes_of_a_router_that_is_not_known(tmp_path: Path) -> None:
+    """All experts are alike then: whole, or none but where all are."""
+    write_checkpoint(*random_model("qwen3_moe", bits=4), tmp_path / "m")
+    plan_pack(open_folder(tmp_path / "m"), tmp_path / "p", recast=make_planes()).write()
+    own, first = logits(tmp_path / "m"), logits(tmp_path / "p", whole=0)
+    assert (logits(tmp_path / "p") == own).all()
+    assert (logits(tmp_path / "p", whole=0, whole_in=("prompt",)) == own).all()
+    assert abs(first - own).max() > 1e-3
+    with pytest.raises(OptionError, match="whole=1: not known how"):
+        load(tmp_path / "p", Settings(whole=1))
 
 
 def test_planes_are_asked_for_where_there_are_some(demo_folder: Path) -> None:

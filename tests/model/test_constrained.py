@@ -256,6 +256,29 @@ def test_thoughts_are_free_until_their_budget_is_spent(noise: Noise) -> None:
     assert generation.stats.constrained_tokens == len(tokens) - 9
 
 
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_what_is_computed_is_known(noise: Noise, chunk: int) -> None:
+    """A prompt to its end, a free thought, and what a grammar holds: some choices of experts depend
+    on it. A token is computed when the one after it is wanted."""
+    prompt = noise.prompt(thinking=True)
+    constraint = Grammar.for_schema(noise.tokenizer, UNIT).constraint(prompt, thinking_budget=9)
+    streamer, seen = noise.model.streamer, list[tuple[str, int]]()
+    streamer.watch = lambda layer, chosen: seen.append((streamer.occasion, len(chosen)))
+    try:
+        tokens = list(noise.reply(prompt, constraint, chunk=chunk))
+    finally:
+        streamer.watch = None
+    counts = {"prompt": 0, "reply": 0, "grammar": 0}
+    for occasion, count in seen[:: noise.model.plan.layers]:
+        counts[occasion] += count
+    assert counts["prompt"] == len(prompt)
+    # The ninth thought opens what is forced, and goes through the model with it.
+    assert counts["reply"] == 8
+    assert 0 < counts["grammar"] < len(tokens) - 8
+    order = [occasion for occasion, _ in seen]
+    assert order == sorted(order, key=list(counts).index)
+
+
 def test_a_turn_that_ends_in_its_thought_answers_all_the_same(noise: Noise) -> None:
     prompt = noise.prompt(thinking=True)
     free = list(noise.reply(prompt, None, max_tokens=4))
