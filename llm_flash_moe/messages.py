@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import llm
 from llm.parts import AttachmentPart, Message, ReasoningPart, TextPart, ToolCallPart, ToolResultPart
@@ -33,6 +33,19 @@ def to_tools(prompt: llm.Prompt) -> list[dict[str, Any]]:
         for tool in prompt.tools
         if isinstance(tool, llm.Tool)
     ]
+
+
+def schema_of(
+    prompt: llm.Prompt, response: llm.Response | llm.AsyncResponse
+) -> dict[str, Any] | None:
+    """What the reply is held to. llm says it with the question, and not again with the results of
+    the calls that are made for it."""
+    conversation = response.conversation
+    earlier = conversation.responses if conversation else []
+    for asked in (prompt, *(one.prompt for one in reversed(earlier))):
+        if asked.schema or not asked.tool_results:
+            return cast("dict[str, Any] | None", asked.schema)
+    return None
 
 
 def _turns(message: Message) -> list[dict[str, Any]]:

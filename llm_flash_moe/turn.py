@@ -6,14 +6,14 @@ import json
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import llm
 from llm.parts import StreamEvent
 
 from flash_moe.checkpoint.registry import Entry
 from llm_flash_moe.engines import Key, Work, warn
-from llm_flash_moe.messages import to_chat, to_tools
+from llm_flash_moe.messages import schema_of, to_chat, to_tools
 from llm_flash_moe.options import ModelOptions
 from llm_flash_moe.places import folder
 from llm_flash_moe.progress import StatusLine
@@ -38,7 +38,7 @@ class Turn:
         self._options = cast(ModelOptions, prompt.options)
         self._messages = to_chat(prompt)
         self._tools = to_tools(prompt)
-        self._schema = cast("dict[str, Any] | None", prompt.schema)
+        self._schema = schema_of(prompt, response)
         self._response = response
         self._calls: dict[int, str] = {}
         self._reply: Reply | None = None

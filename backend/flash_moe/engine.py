@@ -70,8 +70,9 @@ class Engine:
         and calls, too; `stats` is complete at its end.
 
         With a schema the answer is JSON that is valid against it, if it is not cut off; calls are
-        of the tools, with arguments that are valid. `thinking` None is the template's default;
-        after `thinking_budget` tokens a thought is closed.
+        of the tools, with arguments that are valid; with both, a reply is the one or the other.
+        `thinking` None is the template's default; after `thinking_budget` tokens a thought is
+        closed.
         """
         if not messages:
             raise OptionError("The prompt is empty: there is nothing to answer.")
@@ -107,9 +108,7 @@ class Engine:
         form: ToolFormat | None,
     ) -> Grammar:
         if schema is not None and tools:
-            raise OptionError(
-                "A reply cannot be held to a schema while there are tools to call: leave out one."
-            )
+            return Grammar.for_both(self.tokenizer, schema, tools, form)
         if schema is not None:
             return Grammar.for_schema(self.tokenizer, schema)
         if tools:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -157,6 +158,47 @@ def test_calls_at_length(
     noise: Noise, declared: list[dict[str, Any]], seed: int, json_calls: bool
 ) -> None:
     check_call(noise, JSON_CALLS if json_calls else noise.form(), declared, seed)
+
+
+@given(seed=seeds)
+@settings(max_examples=8)
+def test_with_both_a_reply_is_a_value_or_a_call(noise: Noise, seed: int) -> None:
+    prompt, form = noise.prompt(), noise.form()
+    constraint = Grammar.for_both(noise.tokenizer, UNIT, TOOLS, form).constraint(prompt)
+    assert constraint is not None
+    assert constraint.holds
+    assert not constraint.complete
+    end = noise.tokenizer.tokenizer.token_to_id(form.end)
+    stops = noise.tokenizer.stop_tokens | {end}
+    ids = list(noise.reply(prompt, constraint, sampling=warm(seed), stop_tokens=stops))
+    assume(constraint.complete)
+    if noise.text(ids).startswith(form.start):
+        calls = form.calls(noise.text([*ids, end]), TOOLS)
+        assert calls is not None
+        assert [call["name"] for call in calls] == ["run_sql"]
+        assert list(faults(calls[0]["arguments"], QUERY)) == []
+        return
+    assert list(faults(json.loads(noise.text(ids)), UNIT)) == []
+
+
+def test_both_begin_with_either(noise: Noise) -> None:
+    start = noise.tokenizer.tokenizer.token_to_id(noise.form().start)
+    schema, both = (
+        grammar.constraint(noise.prompt())
+        for grammar in (
+            Grammar.for_schema(noise.tokenizer, UNIT),
+            Grammar.for_both(noise.tokenizer, UNIT, TOOLS, noise.form()),
+        )
+    )
+    assert schema is not None
+    assert both is not None
+    alone, together = schema.mask(), both.mask()
+    assert alone is not None
+    assert together is not None
+    assert np.flatnonzero(alone != together).tolist() == [start]
+    assert both.forced() == []
+    assert both.accept(start)
+    assert not both.complete
 
 
 class OneByOne:

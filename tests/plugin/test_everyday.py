@@ -13,6 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from flash_moe.built_in import NAME
+from llm_flash_moe.messages import schema_of
 from tests.plugin.terminal import fails, installed_llm, llm, logged, works
 
 PERSON = {
@@ -152,7 +153,32 @@ def test_fragments_are_part_of_the_prompt(tmp_path: Path) -> None:
     assert found == {"name": "Ada Lovelace", "age": 36}
 
 
-def test_tools_and_a_schema_cannot_go_together() -> None:
-    assert "leave out one" in fails(
-        "-m", NAME, "-T", "llm_version", "--schema", "name, age int", "Which version?"
+def test_with_tools_and_a_schema_a_reply_is_calls_or_the_value() -> None:
+    """What this small model calls or says is another matter."""
+    result = works(
+        "-m", NAME, "-T", "llm_version", "--schema", "version", "What version of llm is this?"
     )
+    assert json.loads(result.stdout).keys() == {"version"}
+
+
+def test_results_of_calls_are_answered_by_the_schema_of_the_question() -> None:
+    """llm says it with the question alone."""
+    model = llm_library.get_model(NAME)
+    conversation = model.conversation(tools=[llm_library.Tool.function(add)])
+    held: list[Any] = []
+    limits = {"chain_limit": 2, "options": {"max_tokens": 40}}
+    chain = conversation.chain(ADA, schema=PERSON, **limits)
+    for response in chain.responses():
+        response.text()
+        held.append(schema_of(response.prompt, response))
+        assert response.response_json["constrained_tokens"] > 0
+        if len(held) == 2:
+            break
+    assert held == [PERSON, PERSON]
+    conversation.prompt("What is 4 + 3?").text()
+    assert schema_of(conversation.responses[-1].prompt, conversation.responses[-1]) is None
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers"""
+    return a + b

@@ -78,7 +78,7 @@ class Matching:
     def complete(self) -> bool:
         return bool(self._matcher.is_accepting())
 
-    def mask(self) -> Mask | None:
+    def mask(self) -> Mask:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
         return np.unpackbits(bits, bitorder="little").view(np.bool_)
@@ -144,6 +144,48 @@ class Calling:
 
     def _new(self) -> Matching:
         return Matching(self._template.deep_copy())
+
+
+class Either:
+    """A value or calls: the first token decides. After a call all is free, as with tools alone."""
+
+    def __init__(self, start: int, call: LLMatcher, value: Matching) -> None:
+        self._start = start
+        self._template = call
+        self._value = value
+        # What was decided for.
+        self._taken: Matching | Calling | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self._taken is not None and self._taken.finished
+
+    @property
+    def complete(self) -> bool:
+        return self._taken is not None and self._taken.complete
+
+    @property
+    def holds(self) -> bool:
+        return self._taken is None or self._taken.holds
+
+    def mask(self) -> Mask | None:
+        if self._taken is not None:
+            return self._taken.mask()
+        mask = self._value.mask()
+        mask[self._start] = True
+        return mask
+
+    def accept(self, token: int) -> bool:
+        if self._taken is not None:
+            return self._taken.accept(token)
+        if token == self._start:
+            self._taken = Calling(token, self._template, inside=True, at_once=False)
+            return True
+        self._taken = self._value
+        return self._taken.accept(token)
+
+    def forced(self) -> list[int]:
+        return [] if self._taken is None else self._taken.forced()
 
 
 class Thinking:

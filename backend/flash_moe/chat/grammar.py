@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flash_moe.chat.constraint import Calling, Constraint, Free, Matching, Thinking
+from flash_moe.chat.constraint import Calling, Constraint, Either, Free, Matching, Thinking
 from flash_moe.chat.schema_grammar import one_line, prepared, require_schema
 from flash_moe.chat.thought import thought_of
 from flash_moe.chat.tokenizer import ChatTokenizer
@@ -32,7 +32,10 @@ class Grammar:
     none was asked for; what remains then is the limit of a thought."""
 
     tokenizer: ChatTokenizer
-    _matcher: LLMatcher | None = None
+    # Of the value that the answer is, and of the calls that it may have, each of which begins with
+    # the token `_start`.
+    _value: LLMatcher | None = None
+    _call: LLMatcher | None = None
     _start: int | None = None
 
     @classmethod
@@ -60,7 +63,24 @@ class Grammar:
         if form is None or form.name not in GRAMMARS or start is None or end is None:
             return cls(tokenizer)
         text = GRAMMARS[form.name](tools, f"<[{end}]>")
-        return cls(tokenizer, _compiled(tokenizer, text, "tools"), start)
+        return cls(tokenizer, None, _compiled(tokenizer, text, "tools"), start)
+
+    @classmethod
+    def for_both(
+        cls,
+        tokenizer: ChatTokenizer,
+        schema: dict[str, Any],
+        tools: Sequence[dict[str, Any]],
+        form: ToolFormat | None,
+    ) -> Grammar:
+        """Calls, or at last the value."""
+        value, calls = cls.for_schema(tokenizer, schema), cls.for_tools(tokenizer, tools, form)
+        if calls._start is None:
+            raise OptionError(
+                "Calls have no grammar in the format of this model, so a reply cannot be held to a "
+                "schema while there are tools to call: leave out one."
+            )
+        return cls(tokenizer, value._value, calls._call, calls._start)
 
     @classmethod
     def free(cls, tokenizer: ChatTokenizer) -> Grammar:
@@ -68,7 +88,7 @@ class Grammar:
 
     @property
     def constrains(self) -> bool:
-        return self._matcher is not None
+        return self._value is not None or self._call is not None
 
     def constraint(
         self,
@@ -91,7 +111,7 @@ class Grammar:
             return None if isinstance(answer, Free) else answer
         stops = self.tokenizer.stop_tokens
         thinking = thought.is_open(prompt, stops)
-        one_value = isinstance(answer, Matching)
+        one_value = self._value is not None
         if isinstance(answer, Free) and thinking_budget is None:
             return None
         if one_value and not thinking:
@@ -106,11 +126,12 @@ class Grammar:
         )
 
     def _answer(self, inside: bool, call_at_once: bool) -> Constraint:
-        if self._matcher is None:
-            return Free()
-        if self._start is None:
-            return Matching(self._matcher.deep_copy())
-        return Calling(self._start, self._matcher, inside=inside, at_once=call_at_once)
+        value = None if self._value is None else Matching(self._value.deep_copy())
+        if self._call is None or self._start is None:
+            return value or Free()
+        if value is None or inside or call_at_once:
+            return Calling(self._start, self._call, inside=inside, at_once=call_at_once)
+        return Either(self._start, self._call, value)
 
 
 def _compiled(tokenizer: ChatTokenizer, text: str, what: str) -> LLMatcher:
