@@ -155,9 +155,10 @@ def test_fragments_are_part_of_the_prompt(tmp_path: Path) -> None:
 
 def test_with_tools_and_a_schema_a_reply_is_calls_or_the_value() -> None:
     """What this small model calls or says is another matter."""
-    result = works(
-        "-m", NAME, "-T", "llm_version", "--schema", "version", "What version of llm is this?"
-    )
+    version = {"type": "string", "maxLength": 10}
+    schema = {"type": "object", "properties": {"version": version}, "required": ["version"]}
+    tools = ("-T", "llm_version", "-T", "llm_time")
+    result = works("-m", NAME, *tools, "--schema", json.dumps(schema), "What version of llm is this?")
     assert json.loads(result.stdout).keys() == {"version"}
 
 
