@@ -158,7 +158,8 @@ def test_with_tools_and_a_schema_a_reply_is_calls_or_the_value() -> None:
     version = {"type": "string", "maxLength": 10}
     schema = {"type": "object", "properties": {"version": version}, "required": ["version"]}
     tools = ("-T", "llm_version", "-T", "llm_time")
-    result = works("-m", NAME, *tools, "--schema", json.dumps(schema), "What version of llm is this?")
+    asked = "What version of llm is this?"
+    result = works("-m", NAME, *tools, "--schema", json.dumps(schema), asked)
     assert json.loads(result.stdout).keys() == {"version"}
 
 
