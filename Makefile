@@ -1,6 +1,7 @@
 # Both commands work on a machine that has only make and Python 3.11 or newer.
 #   make demo   install, and ask the built-in model
-#   make test   lint, types and tests; more for pytest in ARGS, e.g. make test ARGS='-k decode'
+#   make test   lint, types and tests; more for pytest in ARGS, e.g. make test ARGS='-k decode', and
+#               WORKERS=0 for tests one after the other that may print
 #   make lint   lint and types alone; make format mends what can be mended; make clean
 
 VENV := .venv
@@ -8,12 +9,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 # Nothing outside this folder is touched, unless the user has said where logs go.
 DEMO := $(or $(LLM_USER_PATH),$(CURDIR)/.demo)
+# More than two gain little: many tests use all cores by themselves.
+WORKERS := 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test lint format clean
 
 help:
-	@sed -n '2,4s/^# //p' Makefile
+	@sed -n '2,5s/^# //p' Makefile
 
 demo: $(READY)
 	LLM_USER_PATH="$(DEMO)" $(BIN)/llm -m flash-moe-tiny "What does os.path.join do?" -o stats 1
@@ -21,7 +24,7 @@ demo: $(READY)
 	LLM_USER_PATH="$(DEMO)" $(BIN)/llm -m flash-moe-tiny "What is 468 + 357?" -o thinking 1
 
 test: lint
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check -q .

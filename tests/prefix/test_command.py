@@ -50,7 +50,7 @@ def used(demo_folder: Path) -> Path:
 
 def test_when_nothing_is_kept(llm_home: Path) -> None:
     assert printed() == f"No prompts are kept in {llm_home}/llm-flash-moe/prompts.\n"
-    assert printed("--clear") == f"Removed 0.0 MB.\n{printed()}"
+    assert printed("--clear") == f"Removed 0 kB.\n{printed()}"
     assert found() == {"folder": str(folder()), "prompts": 0, "bytes": 0, "models": []}
     assert not folder().exists()
 
