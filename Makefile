@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 # Nothing outside this folder is touched, unless the user has said where logs go.
 DEMO := $(or $(LLM_USER_PATH),$(CURDIR)/.demo)
-# More than two gain little: many tests use all cores by themselves.
+# Many tests use all cores by themselves, and some need 0.6 GB.
 WORKERS := 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
