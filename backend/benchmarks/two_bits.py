@@ -30,6 +30,7 @@ from flash_moe.checkpoint.recast import Arrays, Recast
 from flash_moe.engine import Engine
 from flash_moe.experts.layout import RESTS, Quantization
 from flash_moe.experts.mixture import StreamedMixture
+from flash_moe.measure.chart import COLOURS, Chart, round_numbers
 from flash_moe.model.load import Settings
 from flash_moe.quant.calibrate import read_calibration
 from flash_moe.quant.held_out import read_held_out
@@ -235,7 +236,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="ways, by the names of their files")
     options = parser.parse_args()
     options.folder.mkdir(exist_ok=True)
-    rows = []
+    foreseen, replied = [], []
     for way in WAYS:
         if options.only and way.name not in options.only:
             continue
@@ -245,43 +246,74 @@ def main() -> None:
             kept.write_text(json.dumps(errors(path, way.options)))
         free = evaluate(way, path, options.folder, options.limit, constrained=False)
         held = evaluate(way, path, options.folder, options.limit, constrained=True)
-        rows.append(row(way, json.loads(kept.read_text()), free, held))
-        print(rows[-1], file=sys.stderr, flush=True)
-    print("\n".join([HEAD, "|---" + "|--:" * (HEAD.count("|") - 2) + "|", *rows]))
+        foreseen.append([way.title, *foresight(json.loads(kept.read_text()), free)])
+        replied.append([way.title, *replies(free, held)])
+        print(foreseen[-1], replied[-1], file=sys.stderr, flush=True)
+    show(FORESEEN, foreseen)
+    show(REPLIED, replied)
+    if not options.only:
+        draw(options.folder)
 
 
-HEAD = (
-    "| | MB a token | weights | expert | mixture | texts | KL: texts | same word | KL: replies "
-    "| KL: JSON | KL: calls | questions | JSON valid | fits | equal | calls parse | arguments "
-    "| with grammars: fits | equal | arguments | mass p1 |"
-)
+FORESEEN = ["MB a token", "weights", "expert", "mixture", "perplexity of texts", "KL, texts"]
+FORESEEN += ["same word", "KL, replies", "KL, JSON", "KL, calls"]
+REPLIED = ["questions", "JSON valid", "fits", "equal", "calls parse", "arguments"]
+REPLIED += ["held: fits", "equal", "arguments", "mass"]
 
 
-def row(way: Way, error: dict[str, Any], free: dict[str, Any], held: dict[str, Any]) -> str:
-    spans = free.get("against", {}).get("spans", {})
-
-    def percent(*path: str, of: dict[str, Any] = free) -> str:
-        return f"{100 * _at(of, *path, 'share'):.1f}"
-
-    def kl(span: str) -> str:
-        return f"{_at(spans, span, 'kl', 'value'):.4f}" if spans else ""
-
-    cells = [
-        way.title,
-        f"{error.pop('bytes') / 1e6:.2f}",
-        *("" if part is None else f"{part:.3f}" for part in error.values()),
+def foresight(error: dict[str, Any], free: dict[str, Any]) -> list[str]:
+    spans = free["against"]["spans"] if "against" in free else None
+    names = ("texts", "replies", "json", "calls")
+    kl = [f"{_at(spans, name, 'kl', 'value'):.4f}" if spans else "" for name in names]
+    return [
+        f"{error['bytes'] / 1e6:.2f}",
+        *("" if (e := error[n]) is None else f"{e:.3f}" for n in ("weights", "expert", "mixture")),
         f"{free['text']['perplexity']:.1f}",
-        kl("texts"),
-        percent("texts", "agreement", of=spans) if spans else "",
-        *(kl(span) for span in ("replies", "json", "calls")),
-        percent("questions", "right"),
-        *(percent("json", name) for name in ("valid", "schema", "equal")),
-        *(percent("tools", name) for name in ("parses", "arguments")),
-        *(percent("json", name, of=held) for name in ("schema", "equal")),
-        percent("tools", "arguments", of=held),
+        kl[0],
+        percent(spans, "texts", "agreement") if spans else "",
+        *kl[1:],
+    ]
+
+
+def replies(free: dict[str, Any], held: dict[str, Any]) -> list[str]:
+    return [
+        percent(free, "questions", "right"),
+        *(percent(free, "json", name) for name in ("valid", "schema", "equal")),
+        *(percent(free, "tools", name) for name in ("parses", "arguments")),
+        *(percent(held, "json", name) for name in ("schema", "equal")),
+        percent(held, "tools", "arguments"),
         f"{_at(held, 'allowed_mass', 'p1', 'value'):.3f}",
     ]
-    return f"| {' | '.join(cells)} |"
+
+
+def show(columns: list[str], rows: list[list[str]]) -> None:
+    print(f"| | {' | '.join(columns)} |\n|---{'|--:' * len(columns)}|")
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows), end="\n\n")
+
+
+def draw(folder: Path) -> None:
+    """Without the ends of pages, which `llm flash-moe plot` would count."""
+    dots = []
+    for way in WAYS:
+        nbytes = json.loads((folder / f"{way.name}-errors.json").read_text())["bytes"]
+        right = json.loads((folder / f"{way.name}.json").read_text())["questions"]["right"]
+        dots.append((nbytes / 1e6, 100 * right["share"], 100 * right["standard_error"], way.title))
+    chart = Chart(
+        "questions answered right, %, over MB of experts read a token", (0, 4.5), (0, 100)
+    )
+    chart.ticks(round_numbers(0, 4.5), round_numbers(0, 100))
+    for number, (x, y, error, title) in enumerate(dots):
+        if title not in CROWDED:
+            chart.dot(x, y, error, title, COLOURS[number % len(COLOURS)])
+    chart.write(folder / "two-bits.svg")
+
+
+# Beside others in the picture.
+CROWDED = ("2 bits, mx.quantize", "2 bits, fitted and calibrated", "first planes")
+
+
+def percent(found: Any, *path: str) -> str:
+    return f"{100 * _at(found, *path, 'share'):.1f} %"
 
 
 def _at(found: Any, *path: str) -> Any:
