@@ -302,14 +302,15 @@ def draw(folder: Path) -> None:
         "questions answered right, %, over MB of experts read a token", (0, 4.5), (0, 100)
     )
     chart.ticks(round_numbers(0, 4.5), round_numbers(0, 100))
-    for number, (x, y, error, title) in enumerate(dots):
-        if title not in CROWDED:
-            chart.dot(x, y, error, title, COLOURS[number % len(COLOURS)])
+    for number, (x, y, error, title) in enumerate(sorted(dots)):
+        if title in CROWDED:
+            continue
+        chart.dot(x, y, error, title, COLOURS[number % len(COLOURS)])
     chart.write(folder / "two-bits.svg")
 
 
-# Beside others in the picture.
-CROWDED = ("2 bits, mx.quantize", "2 bits, fitted and calibrated", "first planes")
+# Next to others in the picture.
+CROWDED = ("2 bits, mx.quantize", "2 bits, fitted and calibrated")
 
 
 def percent(found: Any, *path: str) -> str:

@@ -56,6 +56,18 @@ def test_a_dot_a_run(files: list[Path], tmp_path: Path) -> None:
     assert dots(target)[1][1] < dots(target)[0][1]
 
 
+def test_names_do_not_lie_on_each_other(tmp_path: Path) -> None:
+    names = [f"a name of some length {n}" for n in range(5)]
+    for name in names:
+        (tmp_path / f"{name}.json").write_text(json.dumps(result(1.0, 20.0, 1.0)))
+    works("flash-moe", "plot", *tmp_path.glob("*.json"), "--to", tmp_path / "plot.svg")
+    texts = ElementTree.parse(tmp_path / "plot.svg").iter(f"{SVG}text")
+    places = [(t.attrib["x"], float(t.attrib["y"])) for t in texts if t.text in names]
+    assert len(places) == 5
+    for at, (x, y) in enumerate(places):
+        assert all(x != other or abs(y - above) >= 13 for other, above in places[:at])
+
+
 def test_one_dot_alone(files: list[Path], tmp_path: Path) -> None:
     for file in (files[0], files[2]):
         works("flash-moe", "plot", file, "--to", tmp_path / "plot.svg")

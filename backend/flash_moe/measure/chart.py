@@ -11,7 +11,11 @@ from flash_moe.checkpoint.atomic import replacing
 
 WIDTH, HEIGHT, MARGIN = 640, 320, 48
 COLOURS = ("#4269d0", "#ff725c", "#3ca951", "#efb118", "#a463f2", "#9c6b4e")
+# A letter's width, on the average.
+LETTER = 6.2
 Points = Sequence[tuple[float, float]]
+# Left, top, right and bottom.
+Box = tuple[float, float, float, float]
 
 
 class Chart:
@@ -26,6 +30,9 @@ class Chart:
             f'<text x="{MARGIN}" y="22" font-size="14">{escape(title)}</text>',
         ]
         self.labels = 0
+        # What dots and their names take; and the names, which are placed when all dots are known.
+        self.taken: list[Box] = []
+        self.names: list[tuple[float, float, str, str]] = []
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         across = (x - self.x[0]) / (self.x[1] - self.x[0])
@@ -62,18 +69,42 @@ class Chart:
         )
 
     def dot(self, x: float, y: float, error: float, label: str, colour: str) -> None:
-        """With a bar of one standard error to both sides."""
+        """With a bar of one standard error to both sides, and a name where there is room."""
         (at, low), (_, high) = self.place(x, y - error), self.place(x, y + error)
         middle = (low + high) / 2
+        self.taken.append((at - 5, min(low, high) - 2, at + 5, max(low, high) + 2))
+        self.names.append((at, middle, label, colour))
         self.parts += [
             f'<path d="M{at:.1f} {low:.1f}V{high:.1f}" stroke="{colour}" stroke-width="1.5"/>',
             f'<circle cx="{at:.1f}" cy="{middle:.1f}" r="4" fill="{colour}"/>',
-            f'<text x="{at + 8:.1f}" y="{middle + 4:.1f}" fill="{colour}">{escape(label)}</text>',
         ]
 
+    def _room(self, at: float, middle: float, width: float) -> tuple[float, float]:
+        """Right of a dot, else left of it, else above or below: the first place that is free, or
+        the first of all."""
+        lines = sorted(range(-6, 7), key=abs)
+        places = [
+            (left, middle + 4 + 13 * line) for line in lines for left in (at + 8, at - 8 - width)
+        ]
+        for left, base in places:
+            box = (left, base - 10, left + width, base + 3)
+            if left >= 0 and box[2] <= WIDTH and not any(_meet(box, other) for other in self.taken):
+                self.taken.append(box)
+                return left, base
+        return places[0]
+
     def write(self, path: Path) -> None:
+        for at, middle, label, colour in self.names:
+            left, base = self._room(at, middle, LETTER * len(label))
+            self.parts.append(
+                f'<text x="{left:.1f}" y="{base:.1f}" fill="{colour}">{escape(label)}</text>'
+            )
         with replacing(path) as temporary:
             temporary.write_text("\n".join([*self.parts, "</svg>\n"]), "utf-8")
+
+
+def _meet(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def round_numbers(low: float, high: float) -> dict[float, str]:
