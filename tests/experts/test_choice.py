@@ -141,7 +141,7 @@ def test_what_is_lossy_is_said() -> None:
         "4 experts of 10 a token, with the weights they have among all",
         "experts of a weight below 0.05 skipped",
         "cached experts instead of others up to 10% likelier",
-        "2 experts of 4 a token with all bits, all in prompt and grammar",
+        "2 experts of 4 with all bits, the rest with 2, all in prompt and grammar",
     ]
     assert not Choice(4, 10, True).needs_host
     assert choice.needs_host

@@ -137,5 +137,5 @@ class Choice:
             )
         if self.whole is not None and self.whole < self.k:
             where = f", all in {' and '.join(self.whole_in)}" if self.whole_in else ""
-            found.append(f"{self.whole} experts of {self.k} a token with all bits{where}")
+            found.append(f"{self.whole} experts of {self.k} with all bits, the rest with 2{where}")
         return found
