@@ -28,7 +28,7 @@ FLAGSHIP_HELP = f"""\
 
 Disk: 223 GB, used where it is downloaded, no second copy. Memory: 6 GB for weights and working
 set, and as much more as there is for the page cache. Time: the download (40 minutes at 100 MB/s);
-then each token reads up to 1.7 GB of experts (4.2 GB with the model's own 10 experts). With 242 GB
+then each token reads up to 1.7 GB of experts (4.2 GB with the model's own 10 experts). With 247 GB
 more, `llm flash-moe pack Qwen3.5-397B-A17B-4bit --planes --experts 4` makes a copy of which a token
 reads 1.2 GB with -o whole 1: the weightiest expert with 4 bits and the others with 2."""
 
