@@ -10,23 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from flash_moe.engine import Engine
 from flash_moe.model.load import Settings
 from flash_moe.prefix.store import PrefixSettings
-from llm_flash_moe.cache import cache, folder
+from llm_flash_moe.cache import folder
 from llm_flash_moe.places import registry
+from tests.plugin.terminal import works
 from tests.prefix.kept_files import files
 from tests.prefix.test_engine import QUESTION, SYSTEM
 
-runner = CliRunner()
-
 
 def printed(*arguments: str) -> str:
-    result = runner.invoke(cache, arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
+    return works("flash-moe", "cache", *arguments).output
 
 
 def found(*arguments: str) -> dict[str, Any]:
