@@ -21,6 +21,7 @@ from flash_moe.measure.machine import inspect_machine
 from flash_moe.measure.stats import peak_rss
 from flash_moe.quant import fit as fit_module
 from flash_moe.quant.fit import load_fit
+from flash_moe.quant.planes import two_planes
 from flash_moe.quant.requantize import requantize
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOKENS = 2048, 512, 4, 256
@@ -234,6 +235,14 @@ def by(
     return make
 
 
+def first_plane(values: mx.array, squares: np.ndarray) -> np.ndarray:
+    """Of the source in two planes, read without the second."""
+    arrays, how = given(values, 4)
+    assert how is not None
+    made = two_planes(arrays, how)
+    return np.array(dequantized((made, Quantization(2, how.group_size, "affine"))))
+
+
 METHODS: dict[str, tuple[str, Any]] = {
     "4 bits, the source": ("4.5", by("as it is", 4, 4)),
     "4 bits of bf16, fit": ("4.5", by("fit", None, 4)),
@@ -241,6 +250,7 @@ METHODS: dict[str, tuple[str, Any]] = {
     "2 bits, mx.quantize": ("2.5", by("mx.quantize", 4, 2)),
     "2 bits, fit": ("2.5", by("fit", 4, 2)),
     "2 bits, fit in MLX": ("2.5", by("fit in MLX", 4, 2)),
+    "first plane of 4 bits": ("2.5", first_plane),
     "2 bits, fit, weighted": ("2.5", by("fit", 4, 2, weighted=True)),
     "2 bits of bf16, fit": ("2.5", by("fit", None, 2)),
     "2 bits, g128, fit": ("2.25", by("fit", 4, 2, 128)),

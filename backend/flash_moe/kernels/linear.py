@@ -11,7 +11,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from flash_moe.kernels.native import Native, Resident, resident
+from flash_moe.kernels.native import RESIDENT_BITS, Native, Resident, resident
+from flash_moe.kernels.spec import GROUP_SIZES
+
+
+def multiplies(matrix: nn.Module) -> bool:
+    """Whether the native kernel takes a matrix of mlx-lm's as it is."""
+    return (
+        "scales" in matrix
+        and matrix.mode == "affine"
+        and matrix.bits in RESIDENT_BITS
+        and matrix.group_size in GROUP_SIZES
+    )
 
 
 class NativeLinear(nn.Module):

@@ -15,10 +15,9 @@ from flash_moe.experts.choice import Choice
 from flash_moe.experts.mixture import PlainMixture, StreamedMixture
 from flash_moe.experts.streamed import StreamedSwitch, Streamer
 from flash_moe.kernels.gpu import MAX_CHOSEN, MAX_EXPERTS
-from flash_moe.kernels.linear import NativeLinear
-from flash_moe.kernels.native import RESIDENT_BITS, load_native
+from flash_moe.kernels.linear import NativeLinear, multiplies
+from flash_moe.kernels.native import load_native
 from flash_moe.kernels.runtime import Runtime
-from flash_moe.kernels.spec import GROUP_SIZES
 
 NARROWEST = 128
 
@@ -31,7 +30,7 @@ def take_over(model: nn.Module, streamer: Streamer, runtime: Runtime, choice: Ch
             set_module(model, path, StreamedMixture(module, streamer, choice))
         elif _is_block(module) and (choice.needs_host or choice.routed > choice.k):
             set_module(model, path, PlainMixture(module, streamer, choice))
-        elif runtime.name == "native" and _is_quantized(module):
+        elif runtime.name == "native" and type(module) is nn.QuantizedLinear and multiplies(module):
             set_module(model, path, NativeLinear(module, load_native()))
     if runtime.widen:
         _widen(model)
@@ -96,15 +95,6 @@ def _is_block(block: nn.Module) -> bool:
 
 def _fits(block: nn.Module, choice: Choice) -> bool:
     return choice.ranked <= MAX_CHOSEN and block.num_experts <= MAX_EXPERTS
-
-
-def _is_quantized(module: nn.Module) -> bool:
-    return (
-        type(module) is nn.QuantizedLinear
-        and module.mode == "affine"
-        and module.bits in RESIDENT_BITS
-        and module.group_size in GROUP_SIZES
-    )
 
 
 def _widen(model: nn.Module) -> None:

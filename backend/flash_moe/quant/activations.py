@@ -19,9 +19,8 @@ import numpy.typing as npt
 
 from flash_moe.experts.streamed import Streamer
 from flash_moe.kernels.fused import NativeKernels
-from flash_moe.kernels.linear import shared
-from flash_moe.kernels.native import RESIDENT_BITS, Native, resident
-from flash_moe.kernels.spec import GROUP_SIZES
+from flash_moe.kernels.linear import multiplies, shared
+from flash_moe.kernels.native import Native, resident
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -167,7 +166,7 @@ class _Product:
 
     def _times(self, rows: mx.array, slot: int) -> mx.array:
         matrix, codes = self._matrix, ("weight", "scales", "biases")
-        if self._native is None or not covered(matrix):
+        if self._native is None or not multiplies(matrix):
             return dense(rows, self._full(slot, rows.dtype))
         opened = resident(
             *(shared(matrix[name][slot]) for name in codes),
@@ -193,16 +192,6 @@ class _Product:
             bits=matrix.bits,
             mode=matrix.mode,
         ).astype(dtype)
-
-
-def covered(matrix: nn.Module) -> bool:
-    """Whether the native kernel multiplies by it as it is."""
-    return (
-        "scales" in matrix
-        and matrix.mode == "affine"
-        and matrix.bits in RESIDENT_BITS
-        and matrix.group_size in GROUP_SIZES
-    )
 
 
 def dense(rows: mx.array, matrix: mx.array) -> mx.array:
