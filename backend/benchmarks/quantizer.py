@@ -36,6 +36,8 @@ def main() -> None:
     optimum()
     for kind in ("Gaussian", "heavy-tailed", "outlier columns"):
         experts(kind)
+    for kind in ("Gaussian", "heavy-tailed"):
+        mixtures(kind)
 
 
 # -- speed --------------------------------------------------------------------------------------
@@ -158,6 +160,31 @@ def experts(kind: str) -> None:
         weights, output = np.mean(found, 0)
         print(f"{name:24} {METHODS[name][0]:13} {weights:9.4f} {output:8.4f}")
     print()
+
+
+def mixtures(kind: str) -> None:
+    """Sums of the ten best of 512 experts, by a softmax of Gaussian logits of two widths."""
+    ways = ("2 bits, minmax", "2 bits, fit", "first plane of 4 bits")
+    for width in (1.0, 2.0):
+        rng = np.random.default_rng(5)
+        x = activations(rng)
+        odds = np.exp(width * np.sort(rng.standard_normal((TOKENS, 512)), axis=1)[:, :-11:-1])
+        weights = odds / odds.sum(1, keepdims=True)
+        names = ("own", *ways, "planes, the first two whole", "4 bits, the source")
+        sums: dict[str, Any] = dict.fromkeys(names, 0.0)
+        for rank in range(10):
+            own = [weights_like(kind, *shape, rng) for shape in SHAPES]
+            alike = [np.ones(w.shape[1], np.float32) for w in own]
+            made = {"own": expert(x, own)}
+            for name in (*ways, "4 bits, the source"):
+                make = METHODS[name][1]
+                made[name] = expert(x, [make(w, a) for w, a in zip(own, alike, strict=True)])
+            best = "4 bits, the source" if rank < 2 else "first plane of 4 bits"
+            made["planes, the first two whole"] = made[best]
+            sums = {n: part + weights[:, rank, None] * made[n] for n, part in sums.items()}
+        print(f"{kind}, ten experts, the first two weigh {weights[:, :2].sum(1).mean():.2f}")
+        for name, part in sums.items():
+            print(f"  {name:30} {relative(part, sums['own']):.3f}")
 
 
 SHAPES = ((INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
