@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 from flash_moe.built_in import MODELS
-from flash_moe.checkpoint.registry import Entry
 from llm_flash_moe import places
 from llm_flash_moe.cache import cache
 from llm_flash_moe.describe import describe, plan_of
@@ -21,6 +20,7 @@ from llm_flash_moe.evaluate import evaluate
 from llm_flash_moe.packing import pack
 from llm_flash_moe.plot import plot
 from llm_flash_moe.progress import byte_bar
+from llm_flash_moe.registry import Entry
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON")
 FOLDER = click.Path(path_type=Path)
@@ -64,7 +64,7 @@ def add(path: Path, name: str | None, experts: int | None) -> None:
 @AS_JSON
 def models(as_json: bool) -> None:
     """List the models: built in, added, packed or made here."""
-    from flash_moe.checkpoint.manifest import requantized
+    from flash_moe.format.manifest import requantized
 
     with shown():
         entries = places.registry().entries()
@@ -83,7 +83,7 @@ def models(as_json: bool) -> None:
 
 
 def _listed(entry: Entry) -> dict[str, Any]:
-    from flash_moe.checkpoint.manifest import requantized
+    from flash_moe.format.manifest import requantized
 
     made = requantized(Path(entry.path))
     changed = {"requantized": asdict(made)} if made else {}
@@ -177,7 +177,7 @@ def synth(
     It has the architecture of Qwen3.5-MoE and answers with noise. The shape 397b has the true
     widths; with 15 layers at 2 bits it takes 32 GB.
     """
-    from flash_moe.checkpoint.synth import SHAPES, nbytes, synthesize
+    from flash_moe.synth.model import SHAPES, nbytes, synthesize
 
     with shown():
         registry = places.registry()
@@ -199,7 +199,7 @@ def synth(
 
 def _faults(path: Path) -> list[str]:
     from flash_moe.checkpoint.folder import open_folder
-    from flash_moe.checkpoint.manifest import verify
+    from flash_moe.format.manifest import verify
 
     folder = open_folder(path)
     if folder.manifest is None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flash_moe.checkpoint.plan import Plan
-    from flash_moe.checkpoint.recast import Change
-    from flash_moe.quant.calibrate import Calibration, Measured
+    from flash_moe.pack.calibrate import Calibration, Measured
+    from flash_moe.pack.recast import Change
 
 
 def plan_of(path: Path, experts: int | None) -> Plan:
@@ -47,7 +47,7 @@ def describe(name: str, plan: Plan) -> str:
 
 
 def describe_quantizing(change: Change) -> str:
-    from flash_moe.measure.stats import peak_rss
+    from flash_moe.decode.statistics import peak_rss
 
     spent = change.spent
     return (

@@ -11,8 +11,8 @@ from llm_flash_moe import places
 from llm_flash_moe.errors import PluginError, shown
 
 if TYPE_CHECKING:
-    from flash_moe.checkpoint.registry import Entry
     from flash_moe.measure.doctor import Diagnosis
+    from llm_flash_moe.registry import Entry
 
 RUNTIMES = {
     "metal": "our own kernels on the GPU of this Mac",

@@ -104,7 +104,7 @@ def _engine(key: Key) -> Engine:
     """In the inference thread."""
     if key not in _loaded:
         from flash_moe.engine import Engine
-        from flash_moe.measure.backend import find_backends
+        from flash_moe.measure.mlx_library import find_backends
         from flash_moe.model.load import Settings
         from flash_moe.prefix.store import PrefixSettings
 

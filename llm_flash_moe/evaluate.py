@@ -18,13 +18,13 @@ from llm_flash_moe.progress import StatusLine, item_bar
 
 if TYPE_CHECKING:
     from flash_moe.engine import Engine
+    from flash_moe.evaluation.evaluate import Wanted
+    from flash_moe.evaluation.findings import Evaluation
+    from flash_moe.evaluation.held_out import HeldOut
+    from flash_moe.evaluation.resume import Unfinished
     from flash_moe.model.load import Settings
-    from flash_moe.quant.evaluate import Wanted
-    from flash_moe.quant.findings import Evaluation
-    from flash_moe.quant.held_out import HeldOut
-    from flash_moe.quant.resume import Unfinished
 
-# As flash_moe.quant.held_out has them, which imports the tokenizers.
+# As flash_moe.evaluation.held_out has them, which imports the tokenizers.
 SECTIONS = ("text", "questions", "json", "tools")
 FOLDER = click.Path(path_type=Path)
 
@@ -69,11 +69,11 @@ def evaluate(
     An evaluation that was interrupted goes on where it was when the same command is given again.
     """
     from flash_moe.built_in import HELD_OUT
-    from flash_moe.checkpoint.atomic import write_json
+    from flash_moe.evaluation.evaluate import Wanted
+    from flash_moe.evaluation.held_out import read_held_out
+    from flash_moe.evaluation.reference import Reference
+    from flash_moe.format.atomic import write_json
     from flash_moe.model.load import Settings
-    from flash_moe.quant.evaluate import Wanted
-    from flash_moe.quant.held_out import read_held_out
-    from flash_moe.quant.reference import Reference
 
     chosen = _options(options)
     with shown():
@@ -137,9 +137,9 @@ def _load(path: Path, settings: Settings) -> Engine:
 def _measured(
     engine: Engine, held_out: HeldOut, wanted: Wanted, about: dict[str, Any], save: Path | None
 ) -> Evaluation:
-    from flash_moe.quant.evaluate import evaluate
-    from flash_moe.quant.reference import write_reference
-    from flash_moe.quant.resume import Foreseen, Unfinished, key_of_run
+    from flash_moe.evaluation.evaluate import evaluate
+    from flash_moe.evaluation.reference import write_reference
+    from flash_moe.evaluation.resume import Foreseen, Unfinished, key_of_run
 
     digest = wanted.against.digest if wanted.against else None
     key = key_of_run(engine, held_out, about, wanted.keeping, digest)

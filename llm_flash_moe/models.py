@@ -9,13 +9,13 @@ import llm
 from llm.parts import StreamEvent
 
 from flash_moe.built_in import MODELS
-from flash_moe.checkpoint.registry import Entry
 from flash_moe.errors import FlashMoeError
 from llm_flash_moe.engines import areplies, replies, warn
 from llm_flash_moe.errors import PluginError, shown
 from llm_flash_moe.interrupt import interruptible
 from llm_flash_moe.options import ModelOptions
 from llm_flash_moe.places import registry
+from llm_flash_moe.registry import Entry
 from llm_flash_moe.turn import Turn
 
 FLAGSHIP = "flash-moe-397b"
@@ -95,7 +95,10 @@ class AsyncFlashMoE(_Shared, llm.AsyncModel):
 
 def known_models() -> dict[str, Entry | None]:
     """Every model of the user, and the built-in one and the flagship whatever else there is."""
-    models: dict[str, Entry | None] = {**MODELS, FLAGSHIP: None}
+    models: dict[str, Entry | None] = {
+        **{name: Entry(str(path)) for name, path in MODELS.items()},
+        FLAGSHIP: None,
+    }
     try:
         models.update(registry().entries())
     except FlashMoeError as error:

@@ -8,8 +8,8 @@ from typing import Any
 import llm
 from pydantic import Field, field_validator
 
+from flash_moe.decode.sampling import Sampling
 from flash_moe.errors import FlashMoeError
-from flash_moe.model.sampling import Sampling
 
 # As flash_moe.kernels.runtime has them, which imports MLX.
 RUNTIMES = ("auto", "metal", "cuda", "native", "mlx")

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from flash_moe.checkpoint.registry import Entry
 from llm_flash_moe import places
 from llm_flash_moe.describe import describe, describe_calibrating, describe_quantizing, plan_of
 from llm_flash_moe.errors import shown
 from llm_flash_moe.progress import byte_bar, item_bar
+from llm_flash_moe.registry import Entry
 
 if TYPE_CHECKING:
-    from flash_moe.checkpoint.pack import PackJob
-    from flash_moe.checkpoint.recast import Change
-    from flash_moe.quant.calibrate import Calibration, Measured
+    from flash_moe.pack.calibrate import Calibration, Measured
+    from flash_moe.pack.job import PackJob
+    from flash_moe.pack.recast import Change
 
 FOLDER = click.Path(path_type=Path)
 
@@ -73,7 +73,7 @@ def pack(
     if calibrate and method == "minmax":
         raise click.UsageError("--calibrate goes with --method fit: minmax weighs nothing.")
     from flash_moe.checkpoint.folder import open_folder
-    from flash_moe.checkpoint.pack import plan_pack
+    from flash_moe.pack.job import plan_pack
 
     with shown():
         suffix = "-planes" if planes else f"-{bits}bit" if bits else ""
@@ -105,13 +105,13 @@ def _recast(
 ) -> Change | None:
     if bits is None:
         return None
-    from flash_moe.quant.requantize import make_recast
+    from flash_moe.pack.requantize import make_recast
 
     return make_recast(int(bits), int(group_size or 64), method or "fit", digest)
 
 
 def _planes(digest: str | None) -> Change:
-    from flash_moe.quant.planes import make_planes
+    from flash_moe.pack.split_planes import make_planes
 
     return make_planes(digest)
 
@@ -119,7 +119,7 @@ def _planes(digest: str | None) -> Change:
 def _calibration(source: Path, file: Path | None) -> Calibration | None:
     if file is None:
         return None
-    from flash_moe.quant.calibrate import read_calibration
+    from flash_moe.pack.calibrate import read_calibration
 
     return read_calibration(source, file.expanduser())
 

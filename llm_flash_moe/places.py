@@ -7,8 +7,8 @@ from pathlib import Path
 import llm
 
 from flash_moe import built_in
-from flash_moe.checkpoint.registry import Entry, Registry
 from llm_flash_moe.errors import PluginError
+from llm_flash_moe.registry import Entry, Registry
 
 
 def home() -> Path:
@@ -21,7 +21,8 @@ def packs() -> Path:
 
 
 def registry() -> Registry:
-    return Registry(home() / "models.json", built_in.MODELS)
+    models = {name: Entry(str(path)) for name, path in built_in.MODELS.items()}
+    return Registry(home() / "models.json", models)
 
 
 def default_name(path: Path) -> str:

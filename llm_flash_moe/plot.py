@@ -31,7 +31,7 @@ def plot(results: tuple[Path, ...], to: Path, figure: str) -> None:
     RESULTS are files that `llm flash-moe eval NAME --json > FILE` wrote; each is a dot with its
     standard error, and named after its file.
     """
-    from flash_moe.measure.chart import COLOURS, Chart, round_numbers
+    from benchmarks.chart import COLOURS, Chart, round_numbers
 
     with shown():
         dots = [_dot(path.expanduser(), figure) for path in results]

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, cast
 import llm
 from llm.parts import StreamEvent
 
-from flash_moe.checkpoint.registry import Entry
 from llm_flash_moe.engines import Key, Work, warn
 from llm_flash_moe.messages import schema_of, to_chat, to_tools
 from llm_flash_moe.options import ModelOptions
 from llm_flash_moe.places import folder
 from llm_flash_moe.progress import StatusLine
+from llm_flash_moe.registry import Entry
 
 if TYPE_CHECKING:
     from flash_moe.chat.events import Event

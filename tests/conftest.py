@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from hypothesis import settings
 
-from flash_moe.checkpoint.synth import Shape, synthesize
+from flash_moe.synth.model import Shape, synthesize
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("untimed", deadline=None)

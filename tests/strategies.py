@@ -8,10 +8,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from flash_moe.checkpoint.headers import DTYPE_BITS
-from flash_moe.checkpoint.synth import Shape, synthesize
-from flash_moe.experts.layout import DTYPE_BYTES, Layout, Quantization, make_layout
-from flash_moe.quant.planes import make_planes
+from flash_moe.format.layout import DTYPE_BYTES, Layout, Quantization, make_layout
+from flash_moe.format.safetensors import DTYPE_BITS
+from flash_moe.pack.split_planes import make_planes
+from flash_moe.synth.model import Shape, synthesize
 
 # The smallest Qwen3.5-MoE: both kinds of attention, four switch layers, 0.4 s to write.
 TINY = Shape(layers=4, experts=4, hidden=128, intermediate=64)

@@ -23,11 +23,11 @@ import numpy as np
 
 from flash_moe.built_in import HELD_OUT
 from flash_moe.engine import Engine
-from flash_moe.experts.residency import Residency
+from flash_moe.evaluation.held_out import read_held_out
+from flash_moe.evaluation.replies import expected
 from flash_moe.kernels.gpu import U32
 from flash_moe.model.load import Settings
-from flash_moe.quant.held_out import read_held_out
-from flash_moe.quant.replies import expected
+from flash_moe.stream.residency import Residency
 
 
 class SmallCache:

@@ -18,15 +18,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from flash_moe.chat.constraint import Constraint, Mask
-from flash_moe.chat.grammar import Grammar
 from flash_moe.chat.tool_calls import tool_format
-from flash_moe.chat.vocabulary import vocabulary
+from flash_moe.decode.constrained import Guide
+from flash_moe.decode.loop import Generation
+from flash_moe.decode.sampling import Sampling
+from flash_moe.decode.statistics import Stats
 from flash_moe.engine import Engine
-from flash_moe.measure.stats import Stats
-from flash_moe.model.decode import Generation
-from flash_moe.model.guide import Guide
-from flash_moe.model.sampling import Sampling
+from flash_moe.grammar.constraints import Constraint, Mask
+from flash_moe.grammar.grammar import Grammar
+from flash_moe.grammar.vocabulary import vocabulary
 
 REPLIES, COMPILES, LONGEST = 20, 20, 400
 PERSON = {

@@ -21,10 +21,10 @@ from itertools import cycle, islice
 import mlx.core as mx
 import numpy as np
 
-from flash_moe.experts.covered import expert_spec
-from flash_moe.experts.layout import Quantization, make_layout
+from flash_moe.format.layout import Quantization, make_layout
 from flash_moe.kernels import gpu
-from flash_moe.kernels.fused import TILE, tuning_for
+from flash_moe.kernels.backends import TILE, tuning_for
+from flash_moe.kernels.coverage import expert_spec
 from flash_moe.kernels.spec import ExpertSpec
 
 HIDDEN, INTERMEDIATE, GROUP, SLOTS = 4096, 1024, 64, 10

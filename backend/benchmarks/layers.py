@@ -18,10 +18,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from flash_moe.checkpoint.synth import SHAPES, synthesize
 from flash_moe.kernels.runtime import Runtime, choose
 from flash_moe.model import load as loading
 from flash_moe.model.load import Settings, StreamedModel
+from flash_moe.synth.model import SHAPES, synthesize
 
 LAYERS = 4
 SHAPE = replace(SHAPES["397b"], layers=LAYERS, experts=64, vocabulary=2048)

@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from flash_moe.model.decode import Generation, prefill_chunk
+from flash_moe.decode.loop import Generation, prefill_chunk
 from flash_moe.model.load import load
 from flash_moe.prefix.boundaries import Marks
 from flash_moe.prefix.disk import DiskSnapshots

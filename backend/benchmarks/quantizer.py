@@ -16,13 +16,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from flash_moe.experts.layout import Quantization
-from flash_moe.measure.machine import inspect_machine
-from flash_moe.measure.stats import peak_rss
-from flash_moe.quant import fit as fit_module
-from flash_moe.quant.fit import load_fit
-from flash_moe.quant.planes import two_planes
-from flash_moe.quant.requantize import requantize
+from flash_moe.decode.statistics import peak_rss
+from flash_moe.format.layout import Quantization
+from flash_moe.machine import inspect_machine
+from flash_moe.pack import fit as fit_module
+from flash_moe.pack.fit import load_fit
+from flash_moe.pack.requantize import requantize
+from flash_moe.pack.split_planes import two_planes
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOKENS = 2048, 512, 4, 256
 Arrays = dict[str, mx.array]

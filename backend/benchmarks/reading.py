@@ -18,10 +18,10 @@ from pathlib import Path
 from flash_moe.checkpoint.folder import open_folder
 from flash_moe.checkpoint.skeleton import open_skeleton
 from flash_moe.errors import OptionError
-from flash_moe.experts.bank import Bank
-from flash_moe.experts.reader import Reader
-from flash_moe.experts.store import ExpertStore
-from flash_moe.experts.streamed import Streamer
+from flash_moe.stream.bank import Bank
+from flash_moe.stream.reader import Reader
+from flash_moe.stream.store import ExpertStore
+from flash_moe.stream.streamed import Streamer
 
 K, ROUNDS, SEED = 4, 24, 1
 

@@ -23,21 +23,21 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from benchmarks.chart import COLOURS, Chart, round_numbers
 from flash_moe.built_in import HELD_OUT, MODELS, NAME
 from flash_moe.checkpoint.folder import open_folder
-from flash_moe.checkpoint.pack import plan_pack
-from flash_moe.checkpoint.recast import Arrays, Recast
 from flash_moe.engine import Engine
-from flash_moe.experts.layout import RESTS, Quantization
-from flash_moe.experts.mixture import StreamedMixture
-from flash_moe.measure.chart import COLOURS, Chart, round_numbers
+from flash_moe.evaluation.held_out import read_held_out
+from flash_moe.format.layout import RESTS, Quantization
 from flash_moe.model.load import Settings
-from flash_moe.quant.calibrate import read_calibration
-from flash_moe.quant.held_out import read_held_out
-from flash_moe.quant.planes import make_planes
-from flash_moe.quant.requantize import make_recast
+from flash_moe.model.mixture import StreamedMixture
+from flash_moe.pack.calibrate import read_calibration
+from flash_moe.pack.job import plan_pack
+from flash_moe.pack.recast import Arrays, Recast
+from flash_moe.pack.requantize import make_recast
+from flash_moe.pack.split_planes import make_planes
 
-SOURCE = Path(MODELS[NAME].path)
+SOURCE = MODELS[NAME]
 TOKENS = 2048
 
 

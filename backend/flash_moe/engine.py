@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flash_moe.chat.constraint import Constraint
 from flash_moe.chat.events import Event, Markers, Splitter
-from flash_moe.chat.grammar import Grammar
 from flash_moe.chat.stops import StopScanner
 from flash_moe.chat.template import with_schema
 from flash_moe.chat.thought import markers_of, thought_of
 from flash_moe.chat.tokenizer import ChatTokenizer, load_tokenizer
 from flash_moe.chat.tool_calls import ToolFormat, tool_format
+from flash_moe.decode.loop import Generation
+from flash_moe.decode.sampling import Sampling
+from flash_moe.decode.statistics import Stats
 from flash_moe.errors import OptionError
-from flash_moe.measure.stats import Stats
-from flash_moe.model.decode import Generation
+from flash_moe.grammar.constraints import Constraint
+from flash_moe.grammar.grammar import Grammar
 from flash_moe.model.load import Progress, Settings, StreamedModel, load
-from flash_moe.model.sampling import Sampling
 from flash_moe.prefix.store import PrefixSettings, PrefixStore
 
 # A thinking model may need thousands of tokens; a random one never stops by itself.

@@ -12,7 +12,7 @@ import json
 import math
 from pathlib import Path
 
-from flash_moe.measure.chart import COLOURS, Chart
+from benchmarks.chart import COLOURS, Chart
 
 
 def loss_chart(table: Path, target: Path) -> None:

@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 from flash_moe.chat.template import Template
-from flash_moe.checkpoint.synth_tokenizer import TEMPLATE
+from flash_moe.synth.tokenizer import TEMPLATE
 from training.dialogue import Dialogue, Message
 
 OPENING = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from flash_moe.checkpoint.synth_tokenizer import HIDDEN, SPECIAL, TEMPLATE
+from flash_moe.synth.tokenizer import HIDDEN, SPECIAL, TEMPLATE
 
 # Words with the space before them, every digit for itself, runs of signs, runs of space.
 CUT = (

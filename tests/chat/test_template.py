@@ -15,8 +15,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from flash_moe.built_in import FOLDER
 from flash_moe.chat.template import Template
 from flash_moe.chat.tokenizer import load_tokenizer
-from flash_moe.checkpoint.synth_tokenizer import TEMPLATE
 from flash_moe.errors import CheckpointError, OptionError
+from flash_moe.synth.tokenizer import TEMPLATE
 
 Message = dict[str, Any]
 GOLDEN = Path(__file__).parents[1] / "golden" / "conversations.json"

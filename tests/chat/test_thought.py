@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from tokenizers import Tokenizer
 
-from flash_moe.chat.constraint import Matching
-from flash_moe.chat.grammar import Grammar
 from flash_moe.chat.thought import thought_of
 from flash_moe.chat.tokenizer import ChatTokenizer
-from flash_moe.checkpoint.synth_tokenizer import TEMPLATE
 from flash_moe.errors import OptionError
-from tests.chat.test_grammar import (
+from flash_moe.grammar.constraints import Matching
+from flash_moe.grammar.grammar import Grammar
+from flash_moe.synth.tokenizer import TEMPLATE
+from tests.grammar.test_grammar import (
     CLOSES,
     MADE,
     NUMBER,

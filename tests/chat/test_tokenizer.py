@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from flash_moe.chat.tokenizer import ChatTokenizer, load_tokenizer
-from flash_moe.checkpoint.synth_tokenizer import make_tokenizer
 from flash_moe.errors import CheckpointError, FlashMoeError
+from flash_moe.synth.tokenizer import make_tokenizer
 from tests.strategies import edited, json_values
 
 MADE = make_tokenizer()

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flash_moe.experts.covered import expert_spec
-from flash_moe.experts.layout import Quantization as Packing
-from flash_moe.experts.layout import make_layout
+from flash_moe.format.layout import Quantization as Packing
+from flash_moe.format.layout import make_layout
+from flash_moe.kernels.coverage import expert_spec
 from flash_moe.kernels.spec import ExpertSpec, Matrix
 
 F64 = npt.NDArray[np.float64]

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flash_moe.kernels import native_build
 from flash_moe.kernels.native import Native, NativeUnavailable, find_compiler
+from flash_moe.native import build as native_build
 from tests.kernels.native_cases import layer
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
@@ -89,25 +89,25 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_damaged_file_is_built_again(fresh: Path) -> None:
-    native_build.build(native_build.KERNELS)
+    native_build.build(KERNELS)
     (first,) = built(fresh)
     content = first.read_bytes()
     before = first.stat().st_mtime_ns
-    native_build.build(native_build.KERNELS)
+    native_build.build(KERNELS)
     assert first.stat().st_mtime_ns == before  # used as it is
     for damaged in (content[: len(content) // 2], b"", content[:-1] + b"\x01"):
         first.unlink()  # a mapped file is never written to
         first.write_bytes(damaged)
-        native_build.build(native_build.KERNELS)
+        native_build.build(KERNELS)
         assert [path.read_bytes() for path in built(fresh)] == [content]
 
 
 def test_a_cache_that_cannot_be_written(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (fresh / "flash-moe").write_text("a file where the folder should be")
-    native = Native(native_build.build(native_build.KERNELS))
+    native = Native(native_build.build(KERNELS))
     assert layer(native).shape == (3, 256)
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/no/such")
-    assert native_build.build(native_build.KERNELS) is not None
+    assert native_build.build(KERNELS) is not None
 
 
 def test_no_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_no_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     assert find_compiler() is None
     with pytest.raises(NativeUnavailable, match="apt install gcc"):
-        native_build.build(native_build.KERNELS)
+        native_build.build(KERNELS)
 
 
 def script(path: Path, text: str) -> str:
@@ -139,7 +139,7 @@ def test_a_compiler_that_fails(
 ) -> None:
     monkeypatch.setenv("CC", script(fresh / "mycc", text))
     with pytest.raises(NativeUnavailable, match=message):
-        native_build.build(native_build.KERNELS)
+        native_build.build(KERNELS)
     assert not [path for path in built(fresh) if path.suffix == ".tmp"]
 
 
@@ -149,11 +149,11 @@ def test_a_compiler_that_does_not_run(fresh: Path, monkeypatch: pytest.MonkeyPat
     bad.chmod(0o755)
     monkeypatch.setenv("CC", str(bad))
     with pytest.raises(NativeUnavailable, match="did not run"):
-        native_build.build(native_build.KERNELS)
+        native_build.build(KERNELS)
 
 
 def test_a_compiler_that_knows_no_native(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = find_compiler()
     refuse = f'case "$*" in *=native*) exit 1;; esac\nexec {real} "$@"'
     monkeypatch.setenv("CC", script(fresh / "mycc", refuse))
-    assert Native(native_build.build(native_build.KERNELS)).simd in ("scalar", "NEON")
+    assert Native(native_build.build(KERNELS)).simd in ("scalar", "NEON")

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flash_moe.kernels import gpu
-from flash_moe.kernels.fused import GpuKernels, Kernels, NativeKernels
+from flash_moe.kernels.backends import GpuKernels, Kernels, NativeKernels
 from flash_moe.kernels.gpu import U32
 from flash_moe.kernels.native import Native
 from flash_moe.kernels.spec import GROUP_SIZES, SCALE_TYPES, WHOLE, ExpertSpec

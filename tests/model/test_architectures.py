@@ -21,9 +21,9 @@ from flash_moe.checkpoint.folder import (
     open_folder,
     with_experts_per_token,
 )
-from flash_moe.checkpoint.pack import plan_pack
 from flash_moe.errors import NotContiguous, UnsupportedModel
 from flash_moe.model.load import Settings, StreamedModel, load
+from flash_moe.pack.job import plan_pack
 from tests.architecture_configs import CONFIGS, UNCOVERED
 from tests.architectures import (
     JOINED,

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from flash_moe.checkpoint.folder import open_folder
-from flash_moe.checkpoint.pack import plan_pack
 from flash_moe.errors import OptionError
-from flash_moe.experts.choice import Choice
-from flash_moe.experts.mixture import StreamedMixture
 from flash_moe.model.load import Settings, StreamedModel, Weights, load
+from flash_moe.model.mixture import StreamedMixture
+from flash_moe.pack.job import plan_pack
+from flash_moe.pack.split_planes import make_planes
 from flash_moe.prefix.fingerprint import fingerprint
-from flash_moe.quant.planes import make_planes
+from flash_moe.stream.choice import Choice
 from tests.architectures import random_model, write_checkpoint
 
 PROMPT = mx.array([[5, 9, 2, 77, 30, 8]])

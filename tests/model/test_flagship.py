@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flash_moe.checkpoint.synth import SHAPES, synthesize
+from flash_moe.synth.model import SHAPES, synthesize
 
 PLAN = """
 import json, resource, sys, time
@@ -18,7 +18,7 @@ from pathlib import Path
 from flash_moe.checkpoint.folder import open_folder
 from flash_moe.checkpoint.plan import make_plan
 from flash_moe.checkpoint.skeleton import open_skeleton
-from flash_moe.measure.stats import peak_rss
+from flash_moe.decode.statistics import peak_rss
 skeleton = open_skeleton(open_folder(Path(sys.argv[1])), experts=4)
 layers = skeleton.layers()
 plan = make_plan(skeleton, 10)

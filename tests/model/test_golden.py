@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from flash_moe.checkpoint.folder import open_folder
-from flash_moe.checkpoint.pack import plan_pack
 from flash_moe.model.load import Settings, load
+from flash_moe.pack.job import plan_pack
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "qwen3_5_moe"
 # float32 against float64: 1.6e-4 for a larger model of this kind.

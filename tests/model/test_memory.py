@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from flash_moe.checkpoint.folder import open_folder
-from flash_moe.checkpoint.pack import plan_pack
-from flash_moe.checkpoint.synth import Shape, synthesize
+from flash_moe.pack.job import plan_pack
+from flash_moe.synth.model import Shape, synthesize
 
 # 3.9 GB of experts; K=1 keeps the arithmetic of 2,000 tokens short on a slow CPU.
 SHAPE = Shape(layers=4, experts=1100, experts_per_token=1, hidden=512, intermediate=512)
@@ -23,8 +23,8 @@ RUN = """
 import json, sys
 from pathlib import Path
 from flash_moe.engine import Engine
-from flash_moe.measure.stats import peak_rss
-from flash_moe.model.decode import Generation
+from flash_moe.decode.statistics import peak_rss
+from flash_moe.decode.loop import Generation
 from flash_moe.model.load import Settings
 engine = Engine.load(Path(sys.argv[1]), Settings(bank_bytes=int(sys.argv[2])))
 loaded = peak_rss()
@@ -64,7 +64,7 @@ LOAD = """
 import json, sys
 from pathlib import Path
 from flash_moe.engine import Engine
-from flash_moe.measure.stats import peak_rss
+from flash_moe.decode.statistics import peak_rss
 from flash_moe.model.load import Settings
 import mlx_lm.models.qwen3_5_moe, mlx_lm.utils
 before = peak_rss()

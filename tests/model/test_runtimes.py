@@ -12,16 +12,16 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from flash_moe.checkpoint.synth import SHAPES, synthesize
+from flash_moe.decode.loop import Generation
 from flash_moe.errors import OptionError, UnsupportedModel
-from flash_moe.experts.mixture import StreamedMixture
-from flash_moe.kernels.linear import NativeLinear
 from flash_moe.kernels.native import Native, Resident
 from flash_moe.kernels.runtime import Runtime, choose
 from flash_moe.model import load as loading
-from flash_moe.model.decode import Generation
+from flash_moe.model.install import heads, refuse_narrow
 from flash_moe.model.load import Settings, StreamedModel, load
-from flash_moe.model.take_over import heads, refuse_narrow
+from flash_moe.model.mixture import StreamedMixture
+from flash_moe.model.native_linear import NativeLinear
+from flash_moe.synth.model import SHAPES, synthesize
 from tests.architectures import random_model, write_checkpoint
 from tests.kernels.devices import KIND, ON_GPU, kernels_run
 

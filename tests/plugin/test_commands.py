@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from llm.cli import cli
 
 from flash_moe.checkpoint.folder import open_folder
-from flash_moe.checkpoint.pack import plan_pack
+from flash_moe.pack.job import plan_pack
 from llm_flash_moe.places import new_folder
 from tests.plugin.terminal import LLM, environment, fails, installed_llm, known, llm, works
 

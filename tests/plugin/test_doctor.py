@@ -19,9 +19,9 @@ import mlx.core as mx
 import pytest
 
 from flash_moe.kernels.runtime import Wish, choose
+from flash_moe.machine import Nvidia, parse_driver, parse_smi, parse_vm_stat
 from flash_moe.measure.advice import cuda_advice, mend_import
-from flash_moe.measure.backend import Backends, find_backends
-from flash_moe.measure.machine import Nvidia, parse_driver, parse_smi, parse_vm_stat
+from flash_moe.measure.mlx_library import Backends, find_backends
 from flash_moe.model.load import Settings, load
 from llm_flash_moe.options import RUNTIMES
 from tests.architectures import random_model, write_checkpoint

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_moe.measure.chart import round_numbers
+from benchmarks.chart import round_numbers
 from tests.plugin.terminal import fails, works
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -18,7 +18,7 @@ from mlx_lm.utils import load_model
 from transformers import AutoTokenizer
 
 from flash_moe import engine
-from flash_moe.model.decode import Generation
+from flash_moe.decode.loop import Generation
 from flash_moe.model.load import StreamedModel
 from llm_flash_moe.models import FLAGSHIP
 from tests.plugin.terminal import fails, installed_llm, known, llm, logged, works

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flash_moe.checkpoint.synth import Shape, synthesize
 from flash_moe.model.load import Settings, StreamedModel, load
+from flash_moe.synth.model import Shape, synthesize
 from tests.architectures import random_model, write_checkpoint
 
 SHAPE = Shape(layers=4, experts=8, hidden=128, intermediate=64, vocabulary=1100)

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from hypothesis import strategies as st
 
-from flash_moe.model.decode import Generation
+from flash_moe.decode.loop import Generation
 from flash_moe.model.load import StreamedModel
 from flash_moe.prefix.boundaries import Marks
 from flash_moe.prefix.state import Snapshot

@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from flash_moe.chat.template import Template
 from flash_moe.chat.tokenizer import ChatTokenizer
-from flash_moe.checkpoint.synth_tokenizer import TEMPLATE, make_tokenizer
 from flash_moe.prefix.boundaries import SPACING, TAIL, Cuts, Marks, cut, find_marks
+from flash_moe.synth.tokenizer import TEMPLATE, make_tokenizer
 from tests.prefix.conversations import MARKS, conversations, words
 
 chunks = st.integers(1, 200)

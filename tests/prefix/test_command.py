@@ -33,7 +33,7 @@ def found(*arguments: str) -> dict[str, Any]:
 @pytest.fixture
 def used(demo_folder: Path) -> Path:
     """One conversation with all experts, one with two."""
-    from flash_moe.checkpoint.registry import Entry
+    from llm_flash_moe.registry import Entry
 
     registry().add("mine", Entry(str(demo_folder)))
     for experts in (None, 2):

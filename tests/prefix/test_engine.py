@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from flash_moe.decode.loop import Generation
 from flash_moe.engine import Engine
-from flash_moe.model.decode import Generation
 from flash_moe.model.load import Settings, StreamedModel
 from flash_moe.prefix.store import PrefixSettings
 from tests.prefix.conversations import kept, new_store

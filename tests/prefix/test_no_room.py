@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from flash_moe.format import sealed as record
 from flash_moe.model.load import StreamedModel
 from flash_moe.prefix import disk as disk_module
-from flash_moe.prefix import record
 from flash_moe.prefix.disk import KEEP_FREE
 from flash_moe.prefix.folder import file_name
 from flash_moe.prefix.store import PrefixStore

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mlx_lm.tool_parsers import qwen3_coder
 
 from flash_moe.chat.tool_calls import ToolFormat
-from flash_moe.quant.judge import check_check, judge
+from flash_moe.evaluation.judge import check_check, judge
 from training import calls, howto, project, records, sums, talk, units
 from training.corpus import Noticed, last_question, questions
 from training.dialogue import Dialogue, Generator, reserved

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flash_moe.checkpoint.registry import Entry
-
 NAME = "flash-moe-tiny"
 FOLDER = Path(__file__).parent / NAME
 # Conversations, tasks and text that it was not trained on.
 HELD_OUT = FOLDER / "heldout"
-MODELS = {NAME: Entry(str(FOLDER))}
+MODELS = {NAME: FOLDER}

@@ -1,1 +1,1 @@
-"""Between messages and token ids: tokenizer, template, stop strings."""
+"""Between messages and token ids: tokenizer, template, thoughts, tool calls."""

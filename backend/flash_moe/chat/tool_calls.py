@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from flash_moe.chat.parameters import plain_tools
 from flash_moe.chat.tokenizer import ChatTokenizer
+from flash_moe.chat.tool_parameters import plain_tools
 from flash_moe.checkpoint.folder import read_json
 from flash_moe.errors import CheckpointError
 

@@ -1,1 +1,1 @@
-"""What is on disk: read headers, find the experts, plan, pack, and remember where models are."""
+"""Read what is on disk: folders, headers, where every expert lies."""

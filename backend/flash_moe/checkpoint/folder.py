@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flash_moe.checkpoint.headers import Tensor, read_headers
-from flash_moe.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from flash_moe.errors import CheckpointError, OptionError
+from flash_moe.format.manifest import MANIFEST, Manifest, read_manifest
+from flash_moe.format.safetensors import Tensor, read_headers
 
 # How mlx-lm's architectures call the number of experts that a token uses.
 EXPERTS_PER_TOKEN = (

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flash_moe.checkpoint.manifest import Requantized
 from flash_moe.checkpoint.skeleton import Skeleton
-from flash_moe.experts.choice import Choice
+from flash_moe.format.manifest import Requantized
+from flash_moe.stream.choice import Choice
 
 # The working set, both lanes. 256 MB are 64 experts of the 397B at 2 bits; a lane then serves
 # any K up to 32 at once, and prefill reads and computes in groups large enough for 1 MiB reads.

@@ -23,7 +23,6 @@ from flash_moe.checkpoint.folder import (
     routed_experts,
     with_experts_per_token,
 )
-from flash_moe.checkpoint.headers import DTYPE_BITS, Tensor
 from flash_moe.checkpoint.switches import (
     companions,
     expert_count,
@@ -35,8 +34,9 @@ from flash_moe.checkpoint.switches import (
 )
 from flash_moe.checkpoint.trace import Pieces, View, trace, whole
 from flash_moe.errors import CheckpointError, NotContiguous, UnsupportedModel
-from flash_moe.experts.layout import Layout, joined
-from flash_moe.experts.store import ExpertLayer, Run, packed_layer
+from flash_moe.format.layout import Layout, joined
+from flash_moe.format.safetensors import DTYPE_BITS, Tensor
+from flash_moe.stream.store import ExpertLayer, Run, packed_layer
 
 # What mlx-lm's models raise on configs and weights that they were not written for.
 MLX_LM_REFUSALS = (

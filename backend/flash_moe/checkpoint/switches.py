@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from flash_moe.experts.layout import Layout, Quantization, make_layout
+from flash_moe.format.layout import Layout, Quantization, make_layout
 
 
 def parameters(module: nn.Module) -> dict[str, mx.array]:

@@ -1,1 +1,1 @@
-"""The expert kernels: one Metal source for Metal and CUDA, a native one for the CPU."""
+"""Code that computes experts: Metal and CUDA from one source, C, or plain MLX."""

@@ -9,14 +9,15 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from flash_moe.kernels.native_arrays import require, require_array
-from flash_moe.kernels.native_build import KERNELS, NativeUnavailable, build, find_compiler
 from flash_moe.kernels.spec import BITS, GROUP_SIZES, SCALE_TYPES, WHOLE, ExpertSpec, Matrix
+from flash_moe.native.arguments import require, require_array
+from flash_moe.native.build import Library, NativeUnavailable, build, find_compiler
 
 __all__ = [
     "Native",
@@ -30,6 +31,13 @@ __all__ = [
 F32 = npt.NDArray[np.float32]
 U32 = npt.NDArray[np.uint32]
 
+KERNELS = Library(
+    "native",
+    "the native kernels",
+    tuple(
+        Path(__file__).with_name(f"native{n}") for n in (".c", "_pool.h", "_product.h", "_simd.h")
+    ),
+)
 RESIDENT_BITS = (2, 3, 4, 5, 6, 8)
 SCALE_DTYPES = {"uint16": "bfloat16", "float16": "float16", "float32": "float32"}
 MOST_THREADS = 256

@@ -1,1 +1,1 @@
-"""What a run did and cost: statistics, and the state of the machine that it ran on."""
+"""The machine: what computes the experts here and what would be faster."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.nn as nn
 
 from flash_moe.checkpoint.skeleton import Skeleton
-from flash_moe.experts.covered import expert_spec
-from flash_moe.experts.layout import CODES, RESTS, Layout, Quantization
+from flash_moe.format.layout import CODES, RESTS, Layout, Quantization
+from flash_moe.kernels.coverage import expert_spec
 from flash_moe.kernels.spec import BITS, GROUP_SIZES, SCALE_TYPES
 
 

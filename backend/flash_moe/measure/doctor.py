@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from flash_moe.machine import Machine, inspect_machine
 from flash_moe.measure.advice import gpu_advice, mend_import
-from flash_moe.measure.backend import Backends, find_backends
-from flash_moe.measure.machine import Machine, inspect_machine
+from flash_moe.measure.mlx_library import Backends, find_backends
 
 WRONG_LIBRARY = "MLX is not using the back end that was installed for it. To mend that:"
 MOVE_CACHE = (
@@ -88,7 +88,7 @@ def diagnose() -> Diagnosis:
 
 def _native() -> NativeKernel:
     from flash_moe.kernels.native import find_compiler, load_native
-    from flash_moe.kernels.native_build import cache_folder
+    from flash_moe.native.build import cache_folder
 
     native = load_native()
     file = str(native.file)

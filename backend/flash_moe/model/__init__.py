@@ -1,1 +1,1 @@
-"""A model from mlx-lm with its experts left on disk, and the loop that makes tokens with it."""
+"""mlx-lm's models with streamed experts, one file a family."""

@@ -21,14 +21,14 @@ from flash_moe.checkpoint.plan import BANK_BYTES, Plan, make_plan
 from flash_moe.checkpoint.skeleton import open_skeleton
 from flash_moe.checkpoint.switches import companions
 from flash_moe.errors import FlashMoeError, OptionError
-from flash_moe.experts.bank import Bank
-from flash_moe.experts.choice import Choice, Occasion
-from flash_moe.experts.reader import DEFAULT_CHUNK, DEFAULT_THREADS, Reader
-from flash_moe.experts.store import ExpertLayer, ExpertStore, Mode
-from flash_moe.experts.streamed import StreamedSwitch, Streamer
-from flash_moe.kernels.fused import make_kernels
+from flash_moe.kernels.backends import make_kernels
 from flash_moe.kernels.runtime import Runtime, choose
-from flash_moe.model.take_over import heads, knows_formula, renormalises, take_over
+from flash_moe.model.install import heads, knows_formula, renormalises, take_over
+from flash_moe.stream.bank import Bank
+from flash_moe.stream.choice import Choice, Occasion
+from flash_moe.stream.reader import DEFAULT_CHUNK, DEFAULT_THREADS, Reader
+from flash_moe.stream.store import ExpertLayer, ExpertStore, Mode
+from flash_moe.stream.streamed import StreamedSwitch, Streamer
 
 Progress = Callable[[int, int], None]
 
@@ -44,7 +44,7 @@ Weights = Literal["auto", "keep", "renormalise"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to run a model. `experts` to `whole_in` change results (flash_moe.experts.choice says
+    """How to run a model. `experts` to `whole_in` change results (flash_moe.stream.choice says
     how), `runtime` only their rounding; the rest changes nothing but speed and memory."""
 
     experts: int | None = None

@@ -1,0 +1,1 @@
+"""States of earlier prompts, so that a conversation is read once."""

@@ -20,11 +20,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from flash_moe.checkpoint.atomic import sync
 from flash_moe.errors import CheckpointError
-from flash_moe.prefix import record
+from flash_moe.format import sealed as record
+from flash_moe.format.atomic import sync
+from flash_moe.format.sealed import Damaged, Part
 from flash_moe.prefix.folder import file_name, make_room
-from flash_moe.prefix.record import Damaged, Part
 from flash_moe.prefix.state import NotKept, Snapshot
 
 # What keeps prompts must not be what fills the disk.

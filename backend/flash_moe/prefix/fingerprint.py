@@ -16,9 +16,9 @@ from typing import Any
 import mlx.core as mx
 
 import flash_moe
-from flash_moe.checkpoint.manifest import MANIFEST
+from flash_moe.format.manifest import MANIFEST
 from flash_moe.kernels import shaders
-from flash_moe.measure.machine import inspect_machine
+from flash_moe.machine import inspect_machine
 from flash_moe.model.load import StreamedModel
 
 # Of every weight file: times and sizes are all alike where files come from an image or an archive,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flash_moe.prefix.record import read_metadata
+from flash_moe.format.sealed import read_metadata
 
 # Part of every name: a version that reads others' files differently never opens them.
 VERSION = 1

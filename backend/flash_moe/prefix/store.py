@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from flash_moe.chat.tokenizer import ChatTokenizer
+from flash_moe.decode.prefill import Prefill
 from flash_moe.model.load import StreamedModel
-from flash_moe.model.prefill import Prefill
 from flash_moe.prefix.boundaries import Cuts, Marks, cut, find_marks
 from flash_moe.prefix.disk import DiskSnapshots
 from flash_moe.prefix.fingerprint import described, fingerprint

@@ -1,0 +1,139 @@
+"""The statistics of one reply. Seconds add up: I/O, read-back, compute are all of the time."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from flash_moe.process import bytes_from_disk
+
+if TYPE_CHECKING:
+    from flash_moe.model.load import StreamedModel
+
+
+@dataclass(slots=True)
+class Stats:
+    """Filled while a reply is made; `finish_reason` is stop, length or cancelled at its end.
+
+    hit_rate is the share of the expert bytes that came from the page cache, where the system tells;
+    io_seconds waits for the disk or page cache; readback_seconds waits for the router's choice,
+    and so for the computing that leads to it; compute_seconds is all the rest. cached_tokens of the
+    prompt were computed for an earlier one; prompt_tokens_per_second counts only the others. Of the
+    tokens under a mask, the forced among them, allowed_mass is how much of the probability the
+    model itself had on what the mask allowed, the mean over those that it chose. `warning` is for
+    the user: something did not work, but the reply is what it would be.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    reasoning_tokens: int = 0
+    finish_reason: str = "length"
+    load_seconds: float = 0.0
+    seconds_to_first_token: float = 0.0
+    prompt_tokens_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+    expert_bytes: int = 0
+    hit_rate: float | None = None
+    experts_read: int = 0
+    gigabytes_per_second: float = 0.0
+    io_seconds: float = 0.0
+    readback_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    constrained_tokens: int = 0
+    forced_tokens: int = 0
+    mask_seconds: float = 0.0
+    allowed_mass: float = 1.0
+    peak_rss_bytes: int = 0
+    experts_per_token: int = 0
+    bits: str = ""
+    runtime: str = ""
+    warning: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            key: round(value, 4) if isinstance(value, float) else value
+            for key, value in asdict(self).items()
+        }
+
+    def summary(self) -> str:
+        """Two lines for people."""
+        kept = f", {self.cached_tokens} of them kept" if self.cached_tokens else ""
+        hits = "" if self.hit_rate is None else f", {self.hit_rate:.0%} of them cached"
+        return (
+            f"{self.prompt_tokens} prompt tokens{kept} at {self.prompt_tokens_per_second:.1f}/s, "
+            f"first token after {self.seconds_to_first_token:.2f} s; "
+            f"{self.generated_tokens} tokens at {self.tokens_per_second:.1f}/s "
+            f"({self.finish_reason}), {self.runtime} runtime\n"
+            f"{self.expert_bytes / 1e6:,.1f} MB of experts read{hits}, at "
+            f"{self.gigabytes_per_second:.2f} GB/s; I/O {self.io_seconds:.2f} s, read-back "
+            f"{self.readback_seconds:.2f} s, compute "
+            f"{self.compute_seconds:.2f} s; peak memory {self.peak_rss_bytes / 1e6:,.0f} MB"
+        )
+
+
+class StopWatch:
+    """Reads the counters of a model at the start of a reply, and fills its statistics."""
+
+    def __init__(self, model: StreamedModel, prompt_tokens: int) -> None:
+        self._streamer = model.streamer
+        self._start = time.perf_counter()
+        counters = self._streamer.reader.counters
+        self._before = (counters.nbytes, counters.experts, counters.seconds)
+        self._readback = self._streamer.readback_seconds
+        self._from_disk = bytes_from_disk()
+        self._first: float | None = None
+        self.stats = Stats(
+            prompt_tokens=prompt_tokens,
+            load_seconds=model.load_seconds,
+            experts_per_token=model.plan.experts_per_token,
+            bits=model.plan.bits,
+            runtime=model.runtime.name,
+        )
+
+    def token(self) -> None:
+        self.stats.generated_tokens += 1
+        if self._first is None:
+            self._first = time.perf_counter()
+        self.update()
+
+    def update(self) -> None:
+        now, stats = time.perf_counter(), self.stats
+        counters = self._streamer.reader.counters
+        elapsed = now - self._start
+        stats.expert_bytes = counters.nbytes - self._before[0]
+        stats.experts_read = counters.experts - self._before[1]
+        stats.io_seconds = counters.seconds - self._before[2]
+        stats.readback_seconds = self._streamer.readback_seconds - self._readback
+        stats.compute_seconds = elapsed - stats.io_seconds - stats.readback_seconds
+        stats.hit_rate = self._hit_rate(stats.expert_bytes)
+        if stats.io_seconds:
+            stats.gigabytes_per_second = stats.expert_bytes / stats.io_seconds / 1e9
+        if self._first is not None:
+            stats.seconds_to_first_token = self._first - self._start
+            read = stats.prompt_tokens - stats.cached_tokens
+            stats.prompt_tokens_per_second = read / stats.seconds_to_first_token
+            if stats.generated_tokens > 1:
+                stats.tokens_per_second = (stats.generated_tokens - 1) / (now - self._first)
+        stats.peak_rss_bytes = peak_rss()
+
+    def _hit_rate(self, read: int) -> float | None:
+        now = bytes_from_disk()
+        if now is None or self._from_disk is None or not read:
+            return None
+        # Read-ahead may fetch more than was asked for.
+        return 1 - min(now - self._from_disk, read) / read
+
+
+def peak_rss() -> int:
+    """The most memory that this process has had, as the operating system counts it."""
+    if sys.platform == "linux":
+        # getrusage would count what the parent had when it forked.
+        with open("/proc/self/status", encoding="ascii") as status:
+            peaks = [line.split()[1] for line in status if line.startswith("VmHWM")]
+        if peaks:
+            return int(peaks[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,1 @@
+"""Judge a model: perplexity, right replies, divergence from another run."""

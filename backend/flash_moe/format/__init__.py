@@ -1,0 +1,1 @@
+"""How files look: safetensors headers, expert records, manifests, sealed files. No MLX."""

@@ -1,0 +1,1 @@
+"""C sources, compiled for this processor and loaded."""

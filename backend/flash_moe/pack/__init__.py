@@ -1,0 +1,1 @@
+"""Prepare a checkpoint: one aligned record an expert, with fewer bits if asked."""

@@ -1,0 +1,1 @@
+"""Experts from disk to the matrix product."""

@@ -1,0 +1,58 @@
+"""Whether an expert is in the page cache, asked of the operating system.
+
+A few pages of a record stand for all: records are read whole, and a question for all pages of one
+of 3.9 MB takes 59 µs, for four of them 6.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+from flash_moe.stream.store import ExpertStore, Segment
+
+PROBES = 4
+
+
+@dataclass(slots=True)
+class Residency:
+    """Maps the store's files, which reads nothing. Where the system tells an owner alone (Linux),
+    a file of somebody else's counts as cached."""
+
+    store: ExpertStore
+    _maps: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
+
+    def cached(self, layer: int, expert: int, whole: bool = True) -> bool:
+        return all(self._in_memory(s) for s in self.store.segments(layer, expert, whole))
+
+    def _in_memory(self, segment: Segment) -> bool:
+        mapped = self._mapped(segment.fd)
+        last = (segment.offset + segment.length - 1) // mmap.PAGESIZE
+        first = segment.offset // mmap.PAGESIZE
+        pages = {first + (last - first) * probe // (PROBES - 1) for probe in range(PROBES)}
+        return all(_resident(mapped, page) for page in pages)
+
+    def _mapped(self, fd: int) -> npt.NDArray[np.uint8]:
+        if fd not in self._maps:
+            view = mmap.mmap(fd, os.fstat(fd).st_size, prot=mmap.PROT_READ)
+            self._maps[fd] = np.frombuffer(view, np.uint8)
+        return self._maps[fd]
+
+
+def _resident(mapped: npt.NDArray[np.uint8], page: int) -> bool:
+    answer = ctypes.c_ubyte()
+    at = mapped.ctypes.data + page * mmap.PAGESIZE
+    return _mincore()(at, 1, ctypes.byref(answer)) == 0 and bool(answer.value & 1)
+
+
+@cache
+def _mincore() -> ctypes._NamedFuncPointer:
+    library = ctypes.CDLL(None)
+    library.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    return library.mincore

@@ -1,0 +1,1 @@
+"""Checkpoints of random weights, for tests and measurements."""

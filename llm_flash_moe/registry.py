@@ -1,0 +1,120 @@
+"""Which models the user has: a name, a folder, a default K. One small JSON file, no MLX."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flash_moe.errors import RegistryError
+from flash_moe.format.atomic import write_json
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """`managed` folders were made by us and are deleted with their entry; others never are."""
+
+    path: str
+    experts: int | None = None
+    managed: bool = False
+
+
+class Registry:
+    """`built_in` models are always there, cannot be removed, and are not written to the file."""
+
+    def __init__(self, file: Path, built_in: Mapping[str, Entry] | None = None) -> None:
+        self.file = file
+        self.built_in = dict(built_in or {})
+
+    def entries(self) -> dict[str, Entry]:
+        """All models; RegistryError if the file is damaged (it is left as it is)."""
+        added = self._added()
+        return self.built_in | {name: added[name] for name in added if name not in self.built_in}
+
+    def _added(self) -> dict[str, Entry]:
+        try:
+            raw = self.file.read_bytes()
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise RegistryError(f"Cannot read {self.file}: {error.strerror}.") from error
+        try:
+            models = json.loads(raw)["models"]
+            return {str(name): _entry(value) for name, value in models.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RegistryError(
+                f"{self.file} is damaged ({error}). Correct it, or move it away and add your "
+                "models again: llm flash-moe add PATH"
+            ) from error
+
+    def get(self, name: str) -> Entry:
+        entries = self.entries()
+        if name not in entries:
+            known = ", ".join(sorted(entries)) or "none yet"
+            raise RegistryError(f"There is no model {name!r}. Known: {known}.")
+        return entries[name]
+
+    def add(self, name: str, entry: Entry) -> None:
+        self.require_free(name)
+        with self._changing() as entries:
+            if name in entries:
+                raise _taken(name)
+            entries[name] = entry
+
+    def remove(self, name: str) -> Entry:
+        if name in self.built_in:
+            raise RegistryError(f"{name} comes with the package and goes only with it.")
+        entry = self.get(name)
+        with self._changing() as entries:
+            entries.pop(name, None)
+        return entry
+
+    def require_free(self, name: str) -> None:
+        """Raise before work is done for a name that cannot be used."""
+        # Unfinished packs and synthetic models are written to NAME.partial.
+        if not _NAME.fullmatch(name) or ".." in name or name.endswith(".partial"):
+            raise RegistryError(
+                f"{name!r} cannot be a model's name: use letters, digits, '.', '_', '-' and '/', "
+                "and no '.partial' at the end. Choose one with --name."
+            )
+        if name in self.built_in:
+            raise RegistryError(
+                f"{name} is the model that comes with the package. Choose another --name."
+            )
+        if name in self._added():
+            raise _taken(name)
+
+    @contextmanager
+    def _changing(self) -> Iterator[dict[str, Entry]]:
+        """Read, change, write, with other processes kept out in between."""
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                entries = self._added()
+                yield entries
+                models = {name: asdict(entry) for name, entry in sorted(entries.items())}
+                write_json(self.file, {"version": 1, "models": models})
+        except OSError as error:
+            raise RegistryError(f"Cannot write {self.file}: {error.strerror}.") from error
+
+
+def _taken(name: str) -> RegistryError:
+    return RegistryError(
+        f"There is a model {name!r} already. Choose another --name, or remove it first: "
+        f"llm flash-moe remove {name}"
+    )
+
+
+def _entry(value: Any) -> Entry:
+    experts = value.get("experts")
+    if not isinstance(value["path"], str) or not (experts is None or type(experts) is int):
+        raise ValueError("an entry is not a path with a number of experts")
+    return Entry(value["path"], experts, value.get("managed") is True)

@@ -1,0 +1,129 @@
+"""Records in two planes: how they lie, what a manifest may say of them, what is read of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flash_moe.errors import CheckpointError
+from flash_moe.format.layout import (
+    CODES,
+    RECORD_ALIGNMENT,
+    RESTS,
+    Layout,
+    Quantization,
+    joined,
+    layout_from_json,
+    make_layout,
+)
+from flash_moe.pack.split_planes import make_planes
+from flash_moe.stream.store import ExpertStore, packed_layer
+from tests.strategies import edited, plane_layouts
+
+
+def assert_planes(layout: Layout) -> None:
+    """What computing from planes relies on: both are there, alike, and the second begins a page."""
+    parts = {part.name: part for part in layout.parts}
+    assert layout.planes == any(part.param in RESTS for part in layout.parts)
+    assert layout.first_bytes % RECORD_ALIGNMENT == 0
+    if not layout.planes:
+        assert layout.first_bytes == layout.stride
+        return
+    for name, packing in layout.quantization:
+        first, rest = ([parts[f"{name}.{q}"] for q in params] for params in (CODES, RESTS))
+        assert [(p.dtype, p.shape) for p in first] == [(p.dtype, p.shape) for p in rest]
+        assert all(p.offset + p.nbytes <= layout.first_bytes for p in first)
+        assert all(p.offset >= layout.first_bytes for p in rest)
+        assert packing is not None
+        assert (packing.bits, packing.mode) == (4, "affine")
+        rows, groups = first[1].shape
+        assert (first[0].dtype, first[0].shape) == (
+            "uint32",
+            (rows, groups * packing.group_size // 16),
+        )
+
+
+@given(plane_layouts())
+@settings(max_examples=100, deadline=None)
+def test_planes_come_apart_and_together(layout: Layout) -> None:
+    assert_planes(layout)
+    source = joined(layout)
+    assert not source.planes
+    assert make_planes().layout(source, "switch") == layout
+    weights = {p.name: p.nbytes for p in layout.parts if p.param in ("weight", "rest")}
+    assert sum(weights.values()) == sum(p.nbytes for p in source.parts if p.param == "weight")
+
+
+@given(plane_layouts(), st.data())
+@settings(max_examples=300, deadline=None)
+def test_an_edited_layout_is_refused_or_one_of_ours(layout: Layout, data: st.DataObject) -> None:
+    assert layout_from_json(json.loads(json.dumps(layout.to_json()))) == layout
+    try:
+        found = layout_from_json(data.draw(edited(layout.to_json())))
+    except CheckpointError:
+        return
+    arrays = [(part.projection, part.param, part.dtype, part.shape) for part in found.parts]
+    assert found == make_layout(arrays, found.quantization)
+    assert_planes(found)
+
+
+@given(plane_layouts(), st.data())
+@settings(max_examples=200, deadline=None)
+def test_half_a_plane_is_refused(layout: Layout, data: st.DataObject) -> None:
+    """A part left out, or in another place; of another shape or type; or codes of other bits."""
+    arrays = [(part.projection, part.param, part.dtype, part.shape) for part in layout.parts]
+    packing = list(layout.quantization)
+    matrix = [i for i, a in enumerate(arrays) if a[1] != "bias"]
+    at = data.draw(st.sampled_from(matrix))
+    name, param, dtype, shape = arrays[at]
+    match data.draw(
+        st.sampled_from(["leave out", "shape", "type", "types", "bits", "mode", "place"])
+    ):
+        case "leave out":
+            del arrays[at]
+        case "shape":
+            grown = data.draw(st.sampled_from([(shape[0] + 1, shape[1]), (shape[0], shape[1] + 1)]))
+            arrays[at] = name, param, dtype, grown
+        case "type":
+            arrays[at] = name, param, "uint16", shape
+        case "types":
+            both = dict(zip((*CODES, *RESTS), (*RESTS, *CODES), strict=True))[param]
+            for i, (other, its, _, size) in enumerate(arrays):
+                if other == name and its in (param, both):
+                    arrays[i] = other, its, "uint16", size
+        case "place":
+            arrays.insert(0, arrays.pop())
+        case change:
+            other = {"bits": {"bits": 2}, "mode": {"mode": "mxfp4"}}[change]
+            packing[0] = packing[0][0], replace(packing[0][1], **other)  # type: ignore[arg-type]
+    wrong = make_layout(arrays, packing)
+    with pytest.raises(CheckpointError):
+        layout_from_json(json.loads(json.dumps(wrong.to_json())))
+
+
+def test_a_first_plane_is_one_aligned_segment(tmp_path: Path) -> None:
+    shape = {"gate_proj": (64, 96), "up_proj": (64, 96), "down_proj": (768, 8)}
+    packing = [(name, Quantization(4, 64, "affine")) for name in shape]
+    arrays = [
+        (name, param, *kind)
+        for name, (rows, words) in shape.items()
+        for param, kind in (
+            ("weight", ("uint32", (rows, words))),
+            ("scales", ("float32", (rows, words // 8))),
+            ("biases", ("float32", (rows, words // 8))),
+        )
+    ]
+    layout = make_planes().layout(make_layout(arrays, packing), "mlp")
+    assert 0 < layout.first_bytes < layout.stride
+    (tmp_path / "experts").write_bytes(b"")
+    store = ExpertStore([packed_layer("mlp", 3, layout, tmp_path / "experts")], "direct")
+    for expert in range(3):
+        (whole,), (first,) = (store.segments(0, expert, both) for both in (True, False))
+        assert whole[1:] == (expert * layout.stride, layout.stride, 0)
+        assert first[1:] == (expert * layout.stride, layout.first_bytes, 0)
+    store.close()
