@@ -7,7 +7,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-# Nothing outside this folder is touched, unless the user has said where logs go.
+# Conversations are logged in this folder, unless LLM_USER_PATH says otherwise. Kernels that were
+# compiled for this processor go to the user's cache.
 DEMO := $(or $(LLM_USER_PATH),$(CURDIR)/.demo)
 # Many tests use all cores by themselves, and some need 0.6 GB.
 WORKERS := 2
@@ -38,9 +39,9 @@ format: $(READY)
 clean:
 	rm -rf $(VENV) .demo dist
 
-# The newest Python that is new enough and can make environments.
+# $(PYTHON), or the newest Python that is new enough and can make environments.
 $(READY): pyproject.toml
-	@python=; for name in python3.14 python3.13 python3.12 python3.11 python3 python; do \
+	@python=; for name in $(PYTHON) python3.14 python3.13 python3.12 python3.11 python3 python; do \
 		if $$name -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
 		then python=$$name; break; fi; done; \
 	if [ -z "$$python" ]; then \

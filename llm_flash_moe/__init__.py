@@ -12,8 +12,8 @@ from typing import Any
 import click
 import llm
 
+from llm_flash_moe.answering.models import AsyncFlashMoE, FlashMoE, known_models
 from llm_flash_moe.commands import flash_moe
-from llm_flash_moe.models import AsyncFlashMoE, FlashMoE, known_models
 
 
 @llm.hookimpl

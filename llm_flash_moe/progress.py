@@ -9,14 +9,14 @@ from contextlib import contextmanager
 
 @contextmanager
 def byte_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with GB/s and time left; yields a function to be told of more bytes."""
+    """A bar with GB/s and time left; yields a function that takes the bytes just done."""
     with _bar(title, total, "DownloadColumn", "TransferSpeedColumn") as advance:
         yield advance
 
 
 @contextmanager
 def item_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with a count and time left; yields a function to be told of more items."""
+    """A bar with a count and time left; yields a function that takes the items just done."""
     with _bar(title, total, "MofNCompleteColumn") as advance:
         yield advance
 
@@ -29,13 +29,13 @@ def _bar(title: str, total: int, *columns: str) -> Iterator[Callable[[int], None
     from rich import progress
     from rich.console import Console
 
-    shown = (
+    parts = (
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
         *(getattr(progress, column)() for column in columns),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*shown, console=Console(stderr=True)) as bar:
+    with progress.Progress(*parts, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total)
         yield lambda done: bar.advance(task, done)
 

@@ -1,4 +1,4 @@
-"""Which models the user has: a name, a folder, a default K. One small JSON file, no MLX."""
+"""Which models the user has: a name, a folder, a default K. One small JSON file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flash_moe.errors import RegistryError
-from flash_moe.format.atomic import write_json
+from flash_moe import BUILT_IN, write_json
+from llm_flash_moe import paths
+from llm_flash_moe.errors import PluginError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
 
@@ -26,6 +27,9 @@ class Entry:
     managed: bool = False
 
 
+BUILT_IN_ENTRIES = {name: Entry(str(path)) for name, path in BUILT_IN.items()}
+
+
 class Registry:
     """`built_in` models are always there, cannot be removed, and are not written to the file."""
 
@@ -33,33 +37,29 @@ class Registry:
         self.file = file
         self.built_in = dict(built_in or {})
 
+    @classmethod
+    def of_user(cls) -> Registry:
+        return cls(paths.home() / "models.json", BUILT_IN_ENTRIES)
+
     def entries(self) -> dict[str, Entry]:
-        """All models; RegistryError if the file is damaged (it is left as it is)."""
+        """All models; PluginError if the file is damaged (it is left as it is)."""
         added = self._added()
         return self.built_in | {name: added[name] for name in added if name not in self.built_in}
-
-    def _added(self) -> dict[str, Entry]:
-        try:
-            raw = self.file.read_bytes()
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            raise RegistryError(f"Cannot read {self.file}: {error.strerror}.") from error
-        try:
-            models = json.loads(raw)["models"]
-            return {str(name): _entry(value) for name, value in models.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise RegistryError(
-                f"{self.file} is damaged ({error}). Correct it, or move it away and add your "
-                "models again: llm flash-moe add PATH"
-            ) from error
 
     def get(self, name: str) -> Entry:
         entries = self.entries()
         if name not in entries:
             known = ", ".join(sorted(entries)) or "none yet"
-            raise RegistryError(f"There is no model {name!r}. Known: {known}.")
+            raise PluginError(f"There is no model {name!r}. Known: {known}.")
         return entries[name]
+
+    def find(self, name: str) -> tuple[Path, int | None]:
+        """The folder and K of a known model, or of a checkpoint named by its folder."""
+        path = Path(name).expanduser()
+        if name not in self.entries() and path.is_dir():
+            return path.resolve(), None
+        entry = self.get(name)
+        return folder_of(name, entry), entry.experts
 
     def add(self, name: str, entry: Entry) -> None:
         self.require_free(name)
@@ -70,30 +70,46 @@ class Registry:
 
     def remove(self, name: str) -> Entry:
         if name in self.built_in:
-            raise RegistryError(f"{name} comes with the package and goes only with it.")
+            raise PluginError(f"{name} comes with the package and goes only with it.")
         entry = self.get(name)
         with self._changing() as entries:
             entries.pop(name, None)
         return entry
 
     def require_free(self, name: str) -> None:
-        """Raise before work is done for a name that cannot be used."""
+        """PluginError, before any work, for a name that cannot be used."""
         # Unfinished packs and synthetic models are written to NAME.partial.
         if not _NAME.fullmatch(name) or ".." in name or name.endswith(".partial"):
-            raise RegistryError(
+            raise PluginError(
                 f"{name!r} cannot be a model's name: use letters, digits, '.', '_', '-' and '/', "
-                "and no '.partial' at the end. Choose one with --name."
+                "without '.partial' at the end. Choose one with --name."
             )
         if name in self.built_in:
-            raise RegistryError(
+            raise PluginError(
                 f"{name} is the model that comes with the package. Choose another --name."
             )
         if name in self._added():
             raise _taken(name)
 
+    def _added(self) -> dict[str, Entry]:
+        try:
+            raw = self.file.read_bytes()
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise PluginError(f"Cannot read {self.file}: {error.strerror}.") from error
+        try:
+            models = json.loads(raw)["models"]
+            return {str(name): _entry(value) for name, value in models.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise PluginError(
+                f"{self.file} is damaged ({error}). Correct it, or move it away and add your "
+                "models again: llm flash-moe add PATH"
+            ) from error
+
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Entry]]:
-        """Read, change, write, with other processes kept out in between."""
+        """Read, change, write, with other processes locked out in between."""
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.with_suffix(".lock").open("w") as lock:
@@ -103,12 +119,23 @@ class Registry:
                 models = {name: asdict(entry) for name, entry in sorted(entries.items())}
                 write_json(self.file, {"version": 1, "models": models})
         except OSError as error:
-            raise RegistryError(f"Cannot write {self.file}: {error.strerror}.") from error
+            raise PluginError(f"Cannot write {self.file}: {error.strerror}.") from error
 
 
-def _taken(name: str) -> RegistryError:
-    return RegistryError(
-        f"There is a model {name!r} already. Choose another --name, or remove it first: "
+def folder_of(name: str, entry: Entry) -> Path:
+    """The folder of a known model, if it is still there."""
+    path = Path(entry.path)
+    if not path.is_dir():
+        raise PluginError(
+            f"The folder of {name!r} is gone: {path}. Put it back, or remove the model from the "
+            f"list: llm flash-moe remove {name}"
+        )
+    return path
+
+
+def _taken(name: str) -> PluginError:
+    return PluginError(
+        f"There is already a model {name!r}. Choose another --name, or remove it first: "
         f"llm flash-moe remove {name}"
     )
 

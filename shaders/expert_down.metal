@@ -5,7 +5,7 @@
 //
 // inputs   h [pairs, IN] float · bank, 32-bit words · tiles [n, 3 + TOKENS] uint
 // outputs  d [pairs, OUT] T
-// template T S BITS SPLIT GROUP VPT IN OUT ROWS TOKENS STRIDE DW DS DB DRW DRS DRB
+// template T S BITS TWO_PLANES GROUP VPT IN OUT ROWS TOKENS STRIDE DW DS DB DRW DRS DRB
 // grid     (32 * NSG, ceil(OUT / (ROWS * NSG)), n), threadgroup (32 * NSG, 1, 1)
   constexpr int STEP = MOE_LANES * VPT;
   constexpr int PITCH = IN * BITS / 32;
@@ -14,18 +14,18 @@
   const uint tile = threadgroup_position_in_grid.z * uint(3 + TOKENS);
   const uint row0 = (threadgroup_position_in_grid.y * (threads_per_threadgroup.x / MOE_LANES)
                      + simdgroup_index_in_threadgroup) * uint(ROWS);
-  const bool whole = SPLIT && tiles[tile] >= MOE_WHOLE;
-  const uint slot = SPLIT ? tiles[tile] & ~MOE_WHOLE : tiles[tile];
+  const bool full = TWO_PLANES && tiles[tile] >= MOE_FULL;
+  const uint slot = TWO_PLANES ? tiles[tile] & ~MOE_FULL : tiles[tile];
   const uint first = tiles[tile + 1];
   const uint count = tiles[tile + 2];
 
   const device uint* record = bank + ulong(slot) * ulong(STRIDE);
   const device uint* dw = record + DW;
-  const device uint* dr = record + (whole ? DRW : DW);
-  const device S* ds = (const device S*)record + (whole ? DRS : DS);
-  const device S* db = (const device S*)record + (whole ? DRB : DB);
-  const uint keep = whole ? ~0u : 0u;
-  const float factor = SPLIT && !whole ? 0.25f : 1.0f;
+  const device uint* dr = record + (full ? DRW : DW);
+  const device S* ds = (const device S*)record + (full ? DRS : DS);
+  const device S* db = (const device S*)record + (full ? DRB : DB);
+  const uint keep = full ? ~0u : 0u;
+  const float factor = TWO_PLANES && !full ? 0.25f : 1.0f;
 
   float acc[ROWS][TOKENS];
 #pragma unroll
@@ -42,7 +42,7 @@
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
       const ulong from = ulong(first + metal::min(uint(t), count - 1)) * ulong(IN);
-      sum[t] = moe_load_x<BITS, SPLIT, VPT>(h + from + uint(col), xs[t]);
+      sum[t] = moe_load_x<BITS, TWO_PLANES, VPT>(h + from + uint(col), xs[t]);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
@@ -50,7 +50,7 @@
       float codes[VPT];
       const uint start = row * uint(PITCH);
       const uint word = uint(col * BITS / 32);
-      moe_load_codes<BITS, SPLIT, VPT>(dw + start + word, dr + start + word, keep, codes);
+      moe_load_codes<BITS, TWO_PLANES, VPT>(dw + start + word, dr + start + word, keep, codes);
       const uint group = row * uint(GROUPS) + uint(col / GROUP);
       const float scale = factor * float(ds[group]);
       const float bias = float(db[group]);

@@ -11,7 +11,7 @@
 //
 // inputs   x [tokens, IN] T · bank, 32-bit words · tiles [n, 3 + TOKENS] uint
 // outputs  h [pairs, OUT] float
-// template T S BITS SPLIT GROUP VPT IN OUT ROWS TOKENS STRIDE, and the parts of a record: GW UW
+// template T S BITS TWO_PLANES GROUP VPT IN OUT ROWS TOKENS STRIDE, and the parts of a record: GW UW
 //          STRIDE in words, GS GB US UB in elements of S; of a second plane GRW GRS GRB URW URS URB
 // grid     (32 * NSG, ceil(OUT / (ROWS * NSG)), n), threadgroup (32 * NSG, 1, 1)
   constexpr int STEP = MOE_LANES * VPT;
@@ -21,22 +21,22 @@
   const uint tile = threadgroup_position_in_grid.z * uint(3 + TOKENS);
   const uint row0 = (threadgroup_position_in_grid.y * (threads_per_threadgroup.x / MOE_LANES)
                      + simdgroup_index_in_threadgroup) * uint(ROWS);
-  const bool whole = SPLIT && tiles[tile] >= MOE_WHOLE;
-  const uint slot = SPLIT ? tiles[tile] & ~MOE_WHOLE : tiles[tile];
+  const bool full = TWO_PLANES && tiles[tile] >= MOE_FULL;
+  const uint slot = TWO_PLANES ? tiles[tile] & ~MOE_FULL : tiles[tile];
   const uint first = tiles[tile + 1];
   const uint count = tiles[tile + 2];
 
   const device uint* record = bank + ulong(slot) * ulong(STRIDE);
   const device uint* gw = record + GW;
   const device uint* uw = record + UW;
-  const device uint* gr = record + (whole ? GRW : GW);
-  const device uint* ur = record + (whole ? URW : UW);
-  const device S* gs = (const device S*)record + (whole ? GRS : GS);
-  const device S* gb = (const device S*)record + (whole ? GRB : GB);
-  const device S* us = (const device S*)record + (whole ? URS : US);
-  const device S* ub = (const device S*)record + (whole ? URB : UB);
-  const uint keep = whole ? ~0u : 0u;
-  const float factor = SPLIT && !whole ? 0.25f : 1.0f;
+  const device uint* gr = record + (full ? GRW : GW);
+  const device uint* ur = record + (full ? URW : UW);
+  const device S* gs = (const device S*)record + (full ? GRS : GS);
+  const device S* gb = (const device S*)record + (full ? GRB : GB);
+  const device S* us = (const device S*)record + (full ? URS : US);
+  const device S* ub = (const device S*)record + (full ? URB : UB);
+  const uint keep = full ? ~0u : 0u;
+  const float factor = TWO_PLANES && !full ? 0.25f : 1.0f;
 
   // A tile that is not full computes its last token again, and does not store it.
   ulong at[TOKENS];
@@ -59,7 +59,7 @@
     float sum[TOKENS];
 #pragma unroll
     for (int t = 0; t < TOKENS; t++)
-      sum[t] = moe_load_x<BITS, SPLIT, VPT>(x + at[t] + uint(col), xs[t]);
+      sum[t] = moe_load_x<BITS, TWO_PLANES, VPT>(x + at[t] + uint(col), xs[t]);
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
       // The last simdgroup computes the last row again where OUT is no multiple of its rows.
@@ -67,13 +67,13 @@
       const uint word = row * uint(PITCH) + uint(col * BITS / 32);
       const uint group = row * uint(GROUPS) + uint(col / GROUP);
       float codes[VPT];
-      moe_load_codes<BITS, SPLIT, VPT>(gw + word, gr + word, keep, codes);
+      moe_load_codes<BITS, TWO_PLANES, VPT>(gw + word, gr + word, keep, codes);
       float scale = factor * float(gs[group]);
       float bias = float(gb[group]);
 #pragma unroll
       for (int t = 0; t < TOKENS; t++)
         gate[r][t] += scale * moe_dot<VPT>(codes, xs[t]) + bias * sum[t];
-      moe_load_codes<BITS, SPLIT, VPT>(uw + word, ur + word, keep, codes);
+      moe_load_codes<BITS, TWO_PLANES, VPT>(uw + word, ur + word, keep, codes);
       scale = factor * float(us[group]);
       bias = float(ub[group]);
 #pragma unroll

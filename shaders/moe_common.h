@@ -9,13 +9,13 @@
 // and sum(x) is the same for every row. A lane takes VPT neighbouring columns at a time; VPT
 // divides GROUP, so that a lane's columns have one scale.
 //
-// SPLIT records have codes of 4 bits in two planes of 2: code = 4 * hi + lo. A pair is computed
+// TWO_PLANES records have codes of 4 bits in two planes of 2: code = 4 * hi + lo. A pair is computed
 // from both, with the 4-bit weights' scales and biases, or from hi alone, with those fitted to it:
 // the top bit of its slot tells. Of hi alone the code is 4 * hi and the scale a quarter, both
 // exact, so that all pairs take one path of arithmetic, in which nothing branches.
 
 #define MOE_LANES 32
-#define MOE_WHOLE 0x80000000u
+#define MOE_FULL 0x80000000u
 
 // N neighbouring words, 16 bytes a load. A row is a multiple of 32 elements, so its parts are aligned.
 template <int N>
@@ -71,33 +71,33 @@ inline void moe_load(const device half* x, thread float* v) {
 }
 
 // The bit of a lane's words at which code i begins: see moe_load_codes for where planes join.
-template <int BITS, bool SPLIT>
+template <int BITS, bool TWO_PLANES>
 inline int moe_place(int i) {
-  return SPLIT ? i / 16 * 64 + i % 2 * 32 + i % 16 / 2 * 4 : i * BITS;
+  return TWO_PLANES ? i / 16 * 64 + i % 2 * 32 + i % 16 / 2 * 4 : i * BITS;
 }
 
 // VPT activations and their sum. Scaling them once spares a shift for every code: a code masked
 // where it lies in its half word is code * 2^shift, exactly. Three bits cross the borders and are
 // shifted.
-template <int BITS, bool SPLIT, int VPT, typename T>
+template <int BITS, bool TWO_PLANES, int VPT, typename T>
 inline float moe_load_x(const device T* x, thread float* xs) {
   moe_load<VPT>(x, xs);
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < VPT; i++) {
     sum += xs[i];
-    if (BITS != 3) xs[i] *= 1.0f / float(1u << (moe_place<BITS, SPLIT>(i) % 16));
+    if (BITS != 3) xs[i] *= 1.0f / float(1u << (moe_place<BITS, TWO_PLANES>(i) % 16));
   }
   return sum;
 }
 
 // Code i of the words, times what moe_load_x divided x by. Planted into the mantissa of 2^23 and
 // that taken off again, both exact: with integer conversions an H200 took 34 us a layer, so 21.
-template <int BITS, bool SPLIT>
+template <int BITS, bool TWO_PLANES>
 inline float moe_code(const thread uint* v, int i) {
-  constexpr uint MASK = SPLIT ? 15u : (1u << BITS) - 1u;
-  const int word = moe_place<BITS, SPLIT>(i) / 32;
-  const int shift = moe_place<BITS, SPLIT>(i) % 32;
+  constexpr uint MASK = TWO_PLANES ? 15u : (1u << BITS) - 1u;
+  const int word = moe_place<BITS, TWO_PLANES>(i) / 32;
+  const int shift = moe_place<BITS, TWO_PLANES>(i) % 32;
   uint code;
   if (BITS == 3) {
     code = v[word] >> shift;
@@ -112,13 +112,13 @@ inline float moe_code(const thread uint* v, int i) {
 // VPT codes of the words at w. Of planes, a word of hi at w and one of lo at `rest` make two words
 // of 4-bit codes, those of even and those of odd columns. A pair that leaves lo out gives w as its
 // rest and keeps nothing of it: no byte more is read from memory, and no load waits for a branch.
-template <int BITS, bool SPLIT, int VPT>
+template <int BITS, bool TWO_PLANES, int VPT>
 inline void moe_load_codes(const device uint* w, const device uint* rest, uint keep,
                            thread float* codes) {
   constexpr int WORDS = VPT * BITS / 32;
   uint v[2 * WORDS];
   moe_load_words<WORDS>(w, v);
-  if (SPLIT) {
+  if (TWO_PLANES) {
     uint low[WORDS];
     moe_load_words<WORDS>(rest, low);
 #pragma unroll
@@ -129,7 +129,7 @@ inline void moe_load_codes(const device uint* w, const device uint* rest, uint k
     }
   }
 #pragma unroll
-  for (int i = 0; i < VPT; i++) codes[i] = moe_code<BITS, SPLIT>(v, i);
+  for (int i = 0; i < VPT; i++) codes[i] = moe_code<BITS, TWO_PLANES>(v, i);
 }
 
 template <int VPT>

@@ -1,12 +1,12 @@
 """A tiny config for every mlx-lm model file that builds a SwitchGLU or a SwitchMLP.
 
-Each is the shared base with what its file wants besides or otherwise; mlx-lm picks the fields
-that it knows. Three layers where one kind is enough, more where kinds alternate. After "+" in a
-name stands what its config has on top of the plain one.
+Each is the shared base with the changes that its file needs; mlx-lm picks the fields that it
+knows. Three layers where one kind is enough, more where kinds alternate. The part of a
+name after "+" says how its config differs from the plain one.
 
 A checkpoint in mlx-lm's own form goes through `sanitize` once more when it is loaded, and that is
-not harmless everywhere. What must be avoided or known is noted beside the entry; the rest was
-tried: `sanitize` of sanitized weights changes nothing.
+not harmless everywhere. Exceptions are noted beside the entry; for all others it was tried that
+`sanitize` of sanitized weights changes nothing.
 """
 
 from __future__ import annotations
@@ -53,9 +53,23 @@ BASE: dict[str, Any] = {
     "rope_scaling": None,
 }
 
+# Changes after which no matrix has fewer than 128 columns: MLX 0.32.4 on CUDA computes narrower
+# ones wrongly when they are quantized. Four of eight experts, so that there are some to leave out.
+WIDE: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "intermediate_size": 256,
+    "head_dim": 64,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+    "num_experts_per_tok": 4,
+    "vocab_size": 512,
+}
+
 EXPERTS, PER_TOKEN = 8, 2
-# What the files call the number of experts and K; "num_experts" and "num_experts_per_tok" if they
-# are not here. No config has another's key, so that code which looks for one must know them all.
+# The names of the number of experts and of K, where they are not "num_experts" and
+# "num_experts_per_tok". No config has another's key, so that code which looks for one must know
+# them all.
 COUNT_KEYS = {
     **dict.fromkeys(
         (
@@ -209,7 +223,7 @@ CONFIGS = _table(
         o_groups=2,
         o_lora_rank=32,
         hc_mult=2,
-        # No compression, none but an index, by two: makes, selects, reads what both have made.
+        # Layer by layer: no compression; an index alone; by two: one makes, one selects, one reads.
         compress_ratios=[0, 1, 2, 2, 2],
         kv_source_layer_ids=[1, 2],
         index_source_layer_ids=[1, 2, 3],

@@ -24,12 +24,15 @@ def random_model(
     bits: int | None = None,
     group_size: int = 32,
     mode: str = "affine",
+    **changes: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A model whose every parameter is drawn anew, its experts quantized if `bits` says so."""
-    config = copy.deepcopy(CONFIGS[name])
-    if config["model_type"] == "muse_spark" and not mx.metal.is_available():
+    """A model with every parameter drawn anew, its experts quantized if there are `bits`;
+    `changes` are those of its config."""
+    config = copy.deepcopy(CONFIGS[name]) | changes
+    on_metal = mx.default_device() == mx.gpu and mx.metal.is_available()
+    if config["model_type"] == "muse_spark" and not on_metal:
         _replace_metal_kernels()
-    # What a constructor draws itself, such as the decay of a recurrent layer, keeps its place.
+    # For what a constructor draws by itself, such as the decay of a recurrent layer.
     mx.random.seed(seed)
     # A copy, because some ModelArgs write into the dict that they are made from.
     model_class, args_class = _get_classes(config)
@@ -62,15 +65,15 @@ def random_model(
 
 
 def _draw(path: str, like: mx.array, key: mx.array, embedding: bool) -> mx.array:
-    """Random, but as large as a trained model has it: norms near one, matrices by their inputs."""
+    """Random values of the size that training gives: norms near one, matrices by their inputs."""
     if not mx.issubdtype(like.dtype, mx.floating):
         return like
     noise = mx.random.normal(like.shape, key=key)
     if like.ndim < 2 or path.endswith("A_log"):
-        # A bias starts at zero, a norm at one, a decay where mlx-lm starts it: keep the place.
+        # Around where mlx-lm starts them: a bias at zero, a norm at one, a decay at its own.
         value = mx.where(mx.isfinite(like), like, 0) + 0.1 * noise
     elif embedding:
-        # So large that a token differs from the next one still when it comes to a router.
+        # Large enough that tokens still differ when they reach a router.
         value = 0.5 * noise
     else:
         # The last axis holds the inputs, but of a convolution by channel it is of length one.
@@ -113,7 +116,7 @@ def renamed(*pairs: tuple[str, str]) -> Step:
 def changed(suffixes: tuple[str, ...], change: Callable[[mx.array], mx.array]) -> Step:
     def step(weights: Weights) -> Weights:
         return {
-            # Copies: strides would be saved with the rest.
+            # Copies, because strides would be saved as well.
             path: mx.contiguous(change(array)) if path.endswith(suffixes) else array
             for path, array in weights.items()
         }
@@ -137,8 +140,8 @@ def unstacked(names: dict[str, str], switch: str = "switch_mlp", experts: str = 
     def step(weights: Weights) -> Weights:
         vendor: Weights = {}
         for path, array in weights.items():
-            place, _, rest = path.partition(f".{switch}.")
-            projection, _, param = rest.partition(".")
+            place, _, inside = path.partition(f".{switch}.")
+            projection, _, param = inside.partition(".")
             if projection not in names:
                 vendor[path] = array
                 continue
@@ -238,8 +241,8 @@ kimi_names = renamed(
     (".mlp.e_score", ".block_sparse_moe.gate.e_score"),
     *((f".{part}_conv.conv.", f".{part}_conv1d.") for part in "qkv"),
 )
-# What mlx-lm's `sanitize` undoes, step by step from mlx-lm's form to the vendors': first where
-# every expert has tensors of its own, then where all have one together.
+# The steps from mlx-lm's form to the vendors', which mlx-lm's `sanitize` undoes: first where every
+# expert has its own tensors, then where all experts share one.
 UNSTACKED: dict[str, tuple[Step, ...]] = {
     **dict.fromkeys(("Klear", "afmoe", "dots1"), (under_experts,)),
     **dict.fromkeys(
@@ -362,10 +365,10 @@ def _replace_metal_kernels() -> None:
         route_scale: float,
     ) -> list[mx.array]:
         scores = mx.sigmoid(logits * multiplier)
-        chosen = mx.argsort(-(scores + bias), axis=-1)[..., :top_k]
-        weights = mx.take_along_axis(scores, chosen, axis=-1)
+        ids = mx.argsort(-(scores + bias), axis=-1)[..., :top_k]
+        weights = mx.take_along_axis(scores, ids, axis=-1)
         total = weights.sum(axis=-1, keepdims=True) + score_eps
-        return [chosen.astype(mx.uint32), weights / total * route_scale]
+        return [ids.astype(mx.uint32), weights / total * route_scale]
 
     def post_expert_norm_combine(
         experts: mx.array, weights: mx.array, *, norm_weight: mx.array, eps: float

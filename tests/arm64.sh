@@ -37,6 +37,6 @@ fi
 export MLX_DISABLE_COMPILE=1 CC=aarch64-linux-gnu-gcc XDG_CACHE_HOME="$folder/cache"
 export PYTHONHOME="$folder/root/usr" PYTHONPATH="$here:$here/backend:$folder/site"
 cd "$here"
-[ $# -gt 0 ] || set -- tests/kernels/test_native.py tests/quant/test_fit.py tests/model/test_choice.py \
-    tests/experts/test_planes_for_kernels.py tests/prefix/test_reuse.py
+[ $# -gt 0 ] || set -- tests/kernels/test_native.py tests/pack/test_fit.py tests/model/test_choice.py \
+    tests/stream/test_planes_for_kernels.py tests/prefix/test_reuse.py
 exec qemu-aarch64-static -L "$folder/root" "$folder/root/usr/bin/$python" -m pytest -q -p no:cacheprovider "$@"

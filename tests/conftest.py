@@ -1,11 +1,15 @@
-"""What every test gets: an llm user folder of its own, and one small model made once a session."""
+"""For every test an llm user folder of its own; for all of them one small model."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+
+# float32 means float32: CUDA, and Metal on an M5, would round factors to TF32, which has 11 bits.
+# MLX reads this at its first product.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 import mlx.core as mx
 import pytest
@@ -13,7 +17,7 @@ from hypothesis import settings
 
 from flash_moe.synth.model import Shape, synthesize
 
-# How long an example takes says how busy the machine is.
+# The time that an example takes depends on how busy the machine is.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
@@ -41,13 +45,35 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def on_cpu() -> Iterator[None]:
+    """The CPU, whatever this machine has: for equality to the bit, and for the native kernels."""
+    from tests.devices import cpu
+
+    with cpu():
+        yield
+
+
+@pytest.fixture
+def not_on_cuda() -> Iterator[None]:
+    """The CPU instead of CUDA, where MLX computes narrow quantized matrices wrongly."""
+    from tests.devices import CUDA, cpu
+
+    with cpu() if CUDA else nullcontext():
+        yield
+
+
 @contextmanager
 def stepped_down() -> Iterator[None]:
-    """Permissions mean nothing to root, so root steps down for a while."""
+    """Permissions mean nothing to root, so root becomes another user for a while. Skips the test
+    where it may not."""
     if os.geteuid() != 0:
         yield
         return
-    os.seteuid(65534)
+    try:
+        os.seteuid(65534)
+    except OSError as error:
+        pytest.skip(f"root cannot step down here: {error.strerror}")
     try:
         yield
     finally:

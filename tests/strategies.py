@@ -8,13 +8,20 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from flash_moe.format.layout import DTYPE_BYTES, Layout, Quantization, make_layout
-from flash_moe.format.safetensors import DTYPE_BITS
-from flash_moe.pack.split_planes import make_planes
+from flash_moe.format.dtypes import BY_SAFETENSORS, FLOATS
+from flash_moe.format.layout import (
+    AFFINE,
+    RECORD_DTYPES,
+    SECOND_PLANE,
+    Layout,
+    Quantization,
+    make_layout,
+)
 from flash_moe.synth.model import Shape, synthesize
 
-# The smallest Qwen3.5-MoE: both kinds of attention, four switch layers, 0.4 s to write.
-TINY = Shape(layers=4, experts=4, hidden=128, intermediate=64)
+# The smallest Qwen3.5-MoE that MLX computes right on CUDA too: both kinds of attention, four switch
+# layers, 0.4 s to write.
+TINY = Shape(layers=4, experts=4, hidden=128, intermediate=128)
 
 json_values = st.recursive(
     st.none()
@@ -36,11 +43,11 @@ def tiny_checkpoint(target: Path, **changes: Any) -> Path:
 
 @st.composite
 def tensor_tables(draw: st.DrawFn) -> dict[str, tuple[str, list[int]]]:
-    """Names, dtypes and shapes as a safetensors file may hold them: scalars and empty ones too."""
+    """Names, dtypes and shapes that a safetensors file may hold, scalars and empty tensors too."""
     names = draw(st.lists(st.text(max_size=12), unique=True, max_size=6))
     return {
         name: (
-            draw(st.sampled_from(sorted(DTYPE_BITS))),
+            draw(st.sampled_from(sorted(BY_SAFETENSORS))),
             draw(st.lists(st.integers(0, 5), max_size=4)),
         )
         for name in names
@@ -49,7 +56,7 @@ def tensor_tables(draw: st.DrawFn) -> dict[str, tuple[str, list[int]]]:
 
 
 def safetensors_bytes(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
-    """A file with any header, sound or not; `length` is what it claims instead of the truth."""
+    """A file with any header, sound or not; `length` is a false length for it to claim."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(raw) if length is None else length).to_bytes(8, "little") + raw + data
 
@@ -67,7 +74,7 @@ def layouts(draw: st.DrawFn) -> Layout:
             )
         )
         for param in params:
-            dtype = draw(st.sampled_from(sorted(DTYPE_BYTES)))
+            dtype = draw(st.sampled_from(sorted(RECORD_DTYPES)))
             shape = draw(st.lists(st.integers(1, 40), max_size=2))
             arrays.append((projection, param, dtype, tuple(shape)))
     quantizations = st.none() | st.builds(
@@ -77,19 +84,33 @@ def layouts(draw: st.DrawFn) -> Layout:
 
 
 @st.composite
-def plane_layouts(draw: st.DrawFn) -> Layout:
-    """Of records in two planes, some with a bias beside each matrix."""
+def layouts_of_4_bits(draw: st.DrawFn) -> Layout:
+    """Of records as mlx-lm has them, some with a bias beside each matrix."""
     packing = Quantization(4, draw(st.sampled_from([32, 64, 128])), "affine")
-    dtype, bias = draw(st.sampled_from(["bfloat16", "float16", "float32"])), draw(st.booleans())
+    dtype, bias = draw(st.sampled_from(FLOATS)), draw(st.booleans())
     names = draw(st.sampled_from([["gate_proj", "up_proj", "down_proj"], ["fc1", "fc2"]]))
     arrays: list[tuple[str, str, str, tuple[int, ...]]] = []
     for name in names:
         rows, groups = draw(st.integers(1, 40)), draw(st.integers(1, 4))
         arrays.append((name, "weight", "uint32", (rows, groups * packing.group_size // 8)))
-        arrays += [(name, param, dtype, (rows, groups)) for param in ("scales", "biases")]
+        arrays += [(name, param, dtype, (rows, groups)) for param in AFFINE[1:]]
         arrays += [(name, "bias", dtype, (rows,))] if bias else []
-    source = make_layout(arrays, [(name, packing) for name in names])
-    return make_planes().layout(source, "switch")
+    return make_layout(arrays, [(name, packing) for name in names])
+
+
+def in_two_planes(layout: Layout) -> Layout:
+    """The layout of the same experts in two planes: half of the words in each, scales in both."""
+    first, second = [], []
+    for part in layout.parts:
+        halved = (part.shape[0], part.shape[-1] // 2) if part.param == "weight" else part.shape
+        first.append((part.projection, part.param, part.dtype, halved))
+        if part.param in AFFINE:
+            param = SECOND_PLANE[AFFINE.index(part.param)]
+            second.append((part.projection, param, part.dtype, halved))
+    return make_layout([*first, *second], layout.quantization)
+
+
+plane_layouts = layouts_of_4_bits().map(in_two_planes)
 
 
 @st.composite

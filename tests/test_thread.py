@@ -1,4 +1,4 @@
-"""The inference thread: order, turns, errors, giving up, and the end of the process."""
+"""The inference thread: order, turns, errors, cancelling, and the end of the process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from flash_moe.thread import InferenceThread
 
 Cancelled = Callable[[], bool]
-# Hypothesis wants no fixture of less than a module.
+# Hypothesis takes no fixture of a smaller scope than a module.
 SHARED = InferenceThread()
 
 
@@ -31,9 +31,9 @@ def upto(number: int) -> Callable[[Cancelled], Iterator[int]]:
 
 
 @given(st.lists(st.integers(0, 8), max_size=5), st.randoms())
-def test_replies_read_in_any_order_are_whole(lengths: list[int], random: Random) -> None:
+def test_replies_read_in_any_order_are_complete(lengths: list[int], random: Random) -> None:
     streams = [SHARED.iterate(upto(length)) for length in lengths]
-    found: list[list[int]] = [[] for _ in lengths]
+    items: list[list[int]] = [[] for _ in lengths]
     waiting = set(range(len(lengths)))
     while waiting:
         at = random.choice(sorted(waiting))
@@ -41,11 +41,11 @@ def test_replies_read_in_any_order_are_whole(lengths: list[int], random: Random)
         if item is None:
             waiting.discard(at)
         else:
-            found[at].append(item)
-    assert found == [list(range(length)) for length in lengths]
+            items[at].append(item)
+    assert items == [list(range(length)) for length in lengths]
 
 
-def test_everything_runs_in_one_thread_that_is_not_the_callers(thread: InferenceThread) -> None:
+def test_all_work_runs_in_one_thread_which_is_not_the_callers(thread: InferenceThread) -> None:
     def work(cancelled: Cancelled) -> Iterator[int]:
         try:
             while True:
@@ -60,22 +60,22 @@ def test_everything_runs_in_one_thread_that_is_not_the_callers(thread: Inference
     assert threading.get_ident() not in seen
 
 
-def test_nothing_is_made_before_it_is_asked_for(thread: InferenceThread) -> None:
-    made: list[int] = []
+def test_nothing_is_computed_before_it_is_asked_for(thread: InferenceThread) -> None:
+    computed: list[int] = []
 
     def work(cancelled: Cancelled) -> Iterator[int]:
         for number in count():
-            made.append(number)
+            computed.append(number)
             yield number
 
     stream = thread.iterate(work)
-    assert made == []
+    assert computed == []
     for expected in range(3):
         assert next(stream) == expected
-        assert made == list(range(expected + 1))
+        assert computed == list(range(expected + 1))
 
 
-def test_errors_come_out_where_the_reply_is_read(thread: InferenceThread) -> None:
+def test_errors_are_raised_where_the_reply_is_read(thread: InferenceThread) -> None:
     def work(cancelled: Cancelled) -> Iterator[int]:
         yield 1
         raise ValueError("no")
@@ -87,7 +87,7 @@ def test_errors_come_out_where_the_reply_is_read(thread: InferenceThread) -> Non
     assert list(thread.iterate(upto(2))) == [0, 1]
 
 
-def test_a_reply_that_is_given_up_ends(thread: InferenceThread) -> None:
+def test_closing_a_reply_ends_its_work(thread: InferenceThread) -> None:
     ended = threading.Event()
 
     def work(cancelled: Cancelled) -> Iterator[int]:
@@ -103,7 +103,7 @@ def test_a_reply_that_is_given_up_ends(thread: InferenceThread) -> None:
     assert ended.is_set()
 
 
-def test_an_event_loop_goes_on_meanwhile(thread: InferenceThread) -> None:
+def test_the_event_loop_keeps_running(thread: InferenceThread) -> None:
     async def ticks() -> int:
         ticked = 0
         while not go.is_set():
@@ -127,7 +127,7 @@ def test_an_event_loop_goes_on_meanwhile(thread: InferenceThread) -> None:
     assert asyncio.run(both()) == [[7], 50]
 
 
-def test_a_cancelled_task_gives_its_reply_up(thread: InferenceThread) -> None:
+def test_a_cancelled_task_ends_its_work(thread: InferenceThread) -> None:
     started, ended = threading.Event(), threading.Event()
 
     def work(cancelled: Cancelled) -> Iterator[int]:
@@ -175,8 +175,8 @@ print(next(stream))
 @pytest.mark.parametrize(
     ("end", "status"), [("", 0), ("sys.exit(3)", 3), ("raise KeyboardInterrupt", -2)]
 )
-def test_a_process_ends_however_it_does_with_the_model_closed(end: str, status: int) -> None:
-    """With a reply half read, which would never end by itself."""
+def test_a_process_always_ends_with_the_model_closed(end: str, status: int) -> None:
+    """Also with a reply half read, which would never end by itself."""
     done = subprocess.run(
         [sys.executable, "-c", ENDING.format(end)],
         capture_output=True,

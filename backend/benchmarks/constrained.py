@@ -2,8 +2,8 @@
 
     python backend/benchmarks/constrained.py FOLDER    # of random weights: llm flash-moe synth
 
-Noise at temperature 1 visits states that a trained model seldom does, so masks are at their
-dearest and nothing here says how hard a grammar has to push a real model.
+Noise at temperature 1 visits states that a trained model rarely reaches, so masks are as expensive
+as they get, and this does not show how hard a grammar has to push a real model.
 """
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from flash_moe.chat.tool_calls import tool_format
-from flash_moe.decode.constrained import Guide
-from flash_moe.decode.loop import Generation
-from flash_moe.decode.sampling import Sampling
+from flash_moe.chat.tool_calls import find_tool_format
+from flash_moe.decode.constrained import ConstraintStepper
+from flash_moe.decode.constraint import Constraint, Mask, Unconstrained
+from flash_moe.decode.loop import Generation, TokenRequest
 from flash_moe.decode.statistics import Stats
 from flash_moe.engine import Engine
-from flash_moe.grammar.constraints import Constraint, Mask
 from flash_moe.grammar.grammar import Grammar
 from flash_moe.grammar.vocabulary import vocabulary
+from flash_moe.options import Sampling
 
 REPLIES, COMPILES, LONGEST = 20, 20, 400
+PLACE = {
+    "type": "object",
+    "properties": {"lat": {"type": "number"}, "lon": {"type": "number"}},
+    "required": ["lat", "lon"],
+}
 PERSON = {
     "type": "object",
     "properties": {
@@ -36,11 +41,7 @@ PERSON = {
         "age": {"type": "integer", "minimum": 0, "maximum": 150},
         "tags": {"type": "array", "items": {"type": "string", "maxLength": 20}, "maxItems": 4},
         "unit": {"enum": ["celsius", "fahrenheit"]},
-        "place": {
-            "type": "object",
-            "properties": {"lat": {"type": "number"}, "lon": {"type": "number"}},
-            "required": ["lat", "lon"],
-        },
+        "place": PLACE,
     },
     "required": ["name", "age", "unit", "place"],
 }
@@ -50,7 +51,7 @@ WEATHER = {
         "city": {"type": "string", "maxLength": 30},
         "days": {"type": "integer", "minimum": 1, "maximum": 14},
         "unit": {"enum": ["celsius", "fahrenheit"]},
-        "options": {"anyOf": [PERSON["properties"]["place"], {"type": "null"}]},
+        "options": {"anyOf": [PLACE, {"type": "null"}]},
     },
     "required": ["city", "days"],
 }
@@ -69,9 +70,7 @@ class Timed:
     """A constraint that notes how long each mask took, and may leave forcing to the mask."""
 
     def __init__(self, constraint: Constraint, seconds: list[float], forcing: bool) -> None:
-        self._constraint, self._seconds = constraint, seconds
-        self.accept = constraint.accept
-        self.forced = constraint.forced if forcing else list
+        self._constraint, self._seconds, self._forcing = constraint, seconds, forcing
 
     @property
     def finished(self) -> bool:
@@ -81,24 +80,33 @@ class Timed:
     def complete(self) -> bool:
         return self._constraint.complete
 
+    @property
+    def holds(self) -> bool:
+        return self._constraint.holds
+
     def mask(self) -> Mask | None:
         start = time.perf_counter()
         mask = self._constraint.mask()
         self._seconds.append(time.perf_counter() - start)
         return mask
 
+    def accept(self, token: int) -> bool:
+        return self._constraint.accept(token)
+
+    def forced(self) -> list[int]:
+        return self._constraint.forced() if self._forcing else []
+
 
 def main() -> None:
     engine = Engine.load(Path(sys.argv[1]))
     start = time.perf_counter()
     size = vocabulary(engine.tokenizer).vocab_size
-    print(f"vocabulary of {size}: made in {1e3 * (time.perf_counter() - start):.1f} ms, once")
-    form = tool_format(Path(sys.argv[1]), engine.tokenizer)
+    print(f"vocabulary of {size}: built in {1e3 * (time.perf_counter() - start):.1f} ms, once")
+    tool_format = find_tool_format(Path(sys.argv[1]), engine.tokenizer)
+    format_name = tool_format.name if tool_format else "unknown"
     grammars: dict[str, Callable[[], Grammar]] = {
         "schema": lambda: Grammar.for_schema(engine.tokenizer, PERSON),
-        f"calls ({form.name if form else 'unknown'})": lambda: Grammar.for_tools(
-            engine.tokenizer, TOOLS, form
-        ),
+        f"calls ({format_name})": lambda: Grammar.for_tools(engine.tokenizer, TOOLS, tool_format),
     }
     for name, compile_it in grammars.items():
         print(f"{name}: compiled in {1e3 * median_seconds(compile_it, COMPILES):.2f} ms")
@@ -112,15 +120,15 @@ def report(engine: Engine, grammar: Grammar, forcing: bool, calls: bool) -> None
     one_reply(engine, grammar, [], REPLIES, forcing, calls)
     masks: list[float] = []
     start = time.perf_counter()
-    found = [one_reply(engine, grammar, masks, seed, forcing, calls) for seed in range(REPLIES)]
+    replies = [one_reply(engine, grammar, masks, seed, forcing, calls) for seed in range(REPLIES)]
     elapsed = time.perf_counter() - start
-    tokens = sum(stats.generated_tokens for stats, _ in found)
-    forced = sum(stats.forced_tokens for stats, _ in found)
-    read = sum(stats.experts_read for stats, _ in found)
-    whole = sum(complete for _, complete in found)
+    tokens = sum(stats.generated_tokens for stats, _ in replies)
+    forced = sum(stats.forced_tokens for stats, _ in replies)
+    read = sum(stats.experts_read for stats, _ in replies)
+    complete = sum(done for _, done in replies)
     micro = np.array(masks) * 1e6
     print(
-        f"  {'forced together' if forcing else 'one by one'}: {whole} of {REPLIES} whole, "
+        f"  {'forced together' if forcing else 'one by one'}: {complete} of {REPLIES} complete, "
         f"{tokens} tokens, {forced} forced; masks {len(masks)}: mean {micro.mean():.0f} us, "
         f"p50 {np.percentile(micro, 50):.0f}, p95 {np.percentile(micro, 95):.0f}, "
         f"max {micro.max():.0f}; {1e3 * elapsed / tokens:.2f} ms and "
@@ -134,20 +142,23 @@ def one_reply(
     messages = [{"role": "user", "content": "?"}]
     prompt = engine.tokenizer.encode_chat(messages, enable_thinking=False)
     start, end = map(engine.tokenizer.tokenizer.token_to_id, ("<tool_call>", "</tool_call>"))
+    assert start is not None
+    assert end is not None
     if calls:
         prompt.append(start)
     constraint = grammar.constraint(prompt)
     assert constraint is not None
-    tokens = Generation(
-        engine.model,
-        prompt,
+    request = TokenRequest(
+        prompt=prompt,
         max_tokens=LONGEST,
         sampling=Sampling(temperature=1.0, seed=seed),
         stop_tokens=engine.tokenizer.stop_tokens | {end},
         constraint=Timed(constraint, masks, forcing),
     )
-    list(tokens)
-    return tokens.stats, constraint.complete
+    reply = Generation(engine.model, request)
+    for _ in reply:
+        pass
+    return reply.stats, constraint.complete
 
 
 def median_seconds(do: Callable[[], Any], times: int) -> float:
@@ -161,18 +172,18 @@ def seconds(do: Callable[[], Any]) -> float:
 
 
 def apply_seconds(width: int) -> float:
-    half = np.arange(width) % 2 == 0
+    half: Mask = np.arange(width) % 2 == 0
 
-    class Half(Constraint):
-        finished = complete = False
+    class Half(Unconstrained):
+        holds = True
 
         def mask(self) -> Mask:
             return half
 
-    guide = Guide(Half(), Stats())
+    stepper = ConstraintStepper(Half(), Stats())
     logits = mx.random.normal((1, width))
     mx.eval(logits)
-    return median_seconds(lambda: mx.eval(guide.restrict(logits)), 50)
+    return median_seconds(lambda: mx.eval(stepper.restrict(logits)), 50)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from itertools import cycle, islice
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -25,12 +27,14 @@ from flash_moe.format.layout import Quantization, make_layout
 from flash_moe.kernels import gpu
 from flash_moe.kernels.backends import TILE, tuning_for
 from flash_moe.kernels.coverage import expert_spec
+from flash_moe.kernels.interface import Shared
+from flash_moe.kernels.shaders import GpuKind
 from flash_moe.kernels.spec import ExpertSpec
 
 HIDDEN, INTERMEDIATE, GROUP, SLOTS = 4096, 1024, 64, 10
 # Layers in a row: enough that a millisecond of noise is 2 µs of one.
 STEPS, PREFILL_STEPS = 480, 60
-KIND: gpu.GpuKind = "metal" if mx.metal.is_available() else "cuda"
+KIND: GpuKind = "metal" if mx.metal.is_available() else "cuda"
 SHAPES = {
     "gate_proj": (INTERMEDIATE, HIDDEN),
     "up_proj": (INTERMEDIATE, HIDDEN),
@@ -55,10 +59,8 @@ def make_spec(bits: int) -> ExpertSpec:
         arrays += [(name, p, "bfloat16", (rows, columns // GROUP)) for p in ("scales", "biases")]
     packing = Quantization(bits, GROUP, "affine")
     layout = make_layout(arrays, [(name, packing) for name in SHAPES])
-    spec = expert_spec(layout, layout.stride)
-    assert spec is not None
     assert layout.nbytes == layout.stride  # so records are their parts, one after the other
-    return spec
+    return expert_spec(layout, layout.stride)
 
 
 def make_layer(bits: int) -> Layer:
@@ -115,15 +117,15 @@ def elapsed(make: Callable[[], mx.array]) -> float:
 
 
 class Behind:
-    """Times on the GPU alone: what is built already is queued behind products that take longer
-    (about 50 ms) than queueing does."""
+    """Times on the GPU alone: graphs are queued behind products that take longer (about 50 ms) than
+    queueing does."""
 
     def __init__(self) -> None:
         self.a = mx.random.normal((16384, 16384)).astype(mx.bfloat16)
         mx.eval(self.a)
 
     def __call__(self, make: Callable[[], mx.array]) -> float:
-        # In turns, so that a clock that changes changes both.
+        # In turns, so that a changing clock changes both.
         return median(lambda: self._seconds(make()) - self._seconds(None), 9)
 
     def _seconds(self, built: mx.array | None) -> float:
@@ -176,19 +178,19 @@ def decode(
         for layer, tile in islice(cycle(zip(layers, tiles, strict=True)), count):
             h = gpu.gate_up(KIND, spec, y, layer.bank, tile, cuts[0])
             y = gpu.down_combine(
-                KIND, spec, h, layer.bank, tile, weights, gpu.Extras(), mx.bfloat16, cuts[1]
+                KIND, spec, h, layer.bank, tile, weights, Shared(), mx.bfloat16, cuts[1]
             )
         return y
 
     def theirs(count: int = STEPS) -> mx.array:
         y = x
-        for layer, chosen in islice(cycle(zip(layers, ids, strict=True)), count):
-            y = mlx_chain(layer, bits, y, chosen, weights).astype(mx.bfloat16)
+        for layer, experts in islice(cycle(zip(layers, ids, strict=True)), count):
+            y = mlx_chain(layer, bits, y, experts, weights).astype(mx.bfloat16)
         return y
 
     a, b = ours(1).astype(mx.float32), theirs(1).astype(mx.float32)
     off = mx.abs(a - b).max() / mx.abs(b).max()
-    return timed(behind, STEPS, ours), timed(behind, STEPS, theirs), off.item()
+    return timed(behind, STEPS, ours), timed(behind, STEPS, theirs), cast(float, off.item())
 
 
 def prefill(
@@ -265,7 +267,7 @@ def main() -> None:
     behind = Behind()
     behind(lambda: behind.a + 1)  # clocks rise with work: a copy first came out a third too slow
     bandwidth = copy_bandwidth()
-    print(f"{mx.device_info().get('device_name', KIND)}, MLX {mx.__version__}")
+    print(f"{mx.device_info().get('device_name', KIND)}, MLX {version('mlx')}")
     print(f"copy on the device: {bandwidth / 1e9:,.0f} GB/s (read + write)\n")
     print("One token, µs a layer")
     print("                 ours           MLX           ratio        floor    ours")

@@ -20,8 +20,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from flash_moe.kernels.native import Native, Resident, load_native, resident
+from flash_moe.kernels.native import Native, load_native
 from flash_moe.kernels.spec import ExpertSpec, Matrix
+from flash_moe.kernels.structs import Resident, resident
 
 HIDDEN, INTERMEDIATE, GROUP, COLD_BYTES = 4096, 1024, 64, 256 << 20
 rng = np.random.default_rng(1)
@@ -102,13 +103,13 @@ def mlx_matmul(matrix: Resident, x: Any, bits: int, dtype: mx.Dtype) -> float:
 
 def make_spec(bits: int) -> ExpertSpec:
     """A record as a pack has it: nine parts one after the other."""
-    found, offset = [], 0
+    parts, offset = [], 0
     for rows, columns in [(INTERMEDIATE, HIDDEN)] * 2 + [(HIDDEN, INTERMEDIATE)]:
         weight, scales = rows * columns * bits // 8, rows * columns // GROUP * 2
         places = (offset, offset + weight, offset + weight + scales)
-        found.append(Matrix(rows, columns, bits, GROUP, "bfloat16", *places))
+        parts.append(Matrix(rows, columns, bits, GROUP, "bfloat16", *places))
         offset += weight + 2 * scales
-    return ExpertSpec(*found, stride=offset)
+    return ExpertSpec(*parts, stride=offset)
 
 
 def make_bank(spec: ExpertSpec, count: int) -> memoryview:
@@ -151,7 +152,7 @@ def layers(native: Native, bandwidth: float) -> None:
 
 
 def prefill(native: Native) -> None:
-    """The more tokens an expert has, the less its codes cost each."""
+    """The more tokens an expert has, the less its codes cost a token."""
     print("\n2 bits, 8 experts, K=1: tokens of a chunk, all threads and one (ms a token)")
     spec = make_spec(2)
     bank = make_bank(spec, 8)
@@ -185,7 +186,7 @@ def router(native: Native) -> None:
     native.threads = 1
     x, slots = np.ones((1, 32), np.float32), np.zeros((1, 1), np.uint32)
     weights = np.ones((1, 1), np.float32)
-    call = least(lambda: native.experts(tiny, bank, x, slots, weights, x))
+    call = least(lambda: native.experts(tiny, bank, x, slots, weights))
     print(
         f"\nrouter, 10 of 512: {once * 1e6:.1f} us; a call with nothing to do: {call * 1e6:.1f} us"
     )

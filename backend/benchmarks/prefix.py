@@ -1,9 +1,9 @@
-"""What it costs to keep a prompt's state, and what it saves.
+"""The cost of saving a prompt's state, against computing it again.
 
     python backend/benchmarks/prefix.py FOLDER [LENGTH …]    # a checkpoint or pack
 
-For every length: bytes of the state, then seconds to copy it, to write it (synced), to read it back
-out of the page cache, and to compute it instead, the latter also in seconds of all processors
+For every length: the bytes of the state, then seconds to copy it, to write it (synced), to read it
+back from the page cache, and to compute it instead; the last also in seconds of all processors
 together, which other work on the machine does not change. The best of three; the state is written
 to a new folder in the current one.
 """
@@ -20,9 +20,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from flash_moe.decode.loop import Generation, prefill_chunk
-from flash_moe.model.load import load
-from flash_moe.prefix.boundaries import Marks
+from flash_moe.decode.loop import Generation, TokenRequest, prefill_chunk
+from flash_moe.model.load import StreamedModel, load
+from flash_moe.prefix.boundaries import TurnMarks
 from flash_moe.prefix.disk import DiskSnapshots
 from flash_moe.prefix.state import put, take
 from flash_moe.prefix.store import PrefixSettings, PrefixStore
@@ -45,7 +45,7 @@ def main() -> None:
     model = load(Path(sys.argv[1]))
     chunk = prefill_chunk(model)
     print(f"{model.plan.architecture}, {model.plan.bits}, {model.runtime.name}, chunk {chunk}")
-    print("tokens  state MB  copy s  write s  read s  compute s  CPU s  saved")
+    print("tokens  state MB  copy s  write s  read s  compute s  CPU s  faster")
     with tempfile.TemporaryDirectory(dir=".") as folder:
         for length in map(int, sys.argv[2:] or LENGTHS):
             ids = [100 + n % 900 for n in range(length)]
@@ -53,18 +53,18 @@ def main() -> None:
         turns(model)
 
 
-def measure(model: Any, ids: list[int], chunk: int, disk: DiskSnapshots) -> None:
-    kept = model.make_cache()
+def measure(model: StreamedModel, ids: list[int], chunk: int, disk: DiskSnapshots) -> None:
+    state = model.make_cache()
 
     def compute(cache: list[Any]) -> None:
         for start in range(0, len(ids), chunk):
             model.advance(mx.array(ids[start : start + chunk])[None], cache)
 
-    compute(kept)
+    compute(state)
     computed = best(lambda: compute(model.make_cache()))
     processor = best(lambda: compute(model.make_cache()), time.process_time)
-    snapshot = take(kept, ids, ())
-    copied = best(lambda: take(kept, ids, ()))
+    snapshot = take(state, ids, ())
+    copied = best(lambda: take(state, ids, ()))
     key = f"{len(ids):040}"
 
     def write() -> None:
@@ -72,9 +72,9 @@ def measure(model: Any, ids: list[int], chunk: int, disk: DiskSnapshots) -> None
         disk.put(key, snapshot)
 
     def read() -> None:
-        found = disk.get(key, ids, ())
-        assert found is not None
-        put(found, model.make_cache())
+        saved = disk.get(key, ids, ())
+        assert saved is not None
+        put(saved, model.make_cache())
 
     written, back = best(write), best(read)
     print(
@@ -83,21 +83,21 @@ def measure(model: Any, ids: list[int], chunk: int, disk: DiskSnapshots) -> None
     )
 
 
-def turns(model: Any) -> None:
-    """A chat of some turns: 300 tokens of instructions, then 40 asked and 120 answered."""
-    for kept in (False, True):
+def turns(model: StreamedModel) -> None:
+    """A chat: 300 tokens of instructions, then turns of 40 tokens asked and 120 answered."""
+    for reuse in (False, True):
         ids = [100 + n % 900 for n in range(300)]
-        store = PrefixStore(model, Marks((MARK,)), PrefixSettings()) if kept else None
+        store = PrefixStore(model, TurnMarks((MARK,)), PrefixSettings()) if reuse else None
         seconds, processor = [], time.process_time()
         for turn in range(TURNS):
             ids += [200 + (turn * 31 + n) % 700 for n in range(40)]
             prompt = [*ids, MARK, 8]
             begin = store.begin if store else None
-            generation = Generation(model, prompt, max_tokens=1, begin=begin)
+            generation = Generation(model, TokenRequest(prompt, max_tokens=1), begin)
             list(generation)
             seconds.append(generation.stats.seconds_to_first_token)
             ids = [*prompt[:-1], *(300 + (turn * 17 + n) % 600 for n in range(120))]
-        name = "kept" if kept else "read again"
+        name = "saved" if reuse else "read again"
         each = ", ".join(f"{s:.2f}" for s in seconds)
         processor = time.process_time() - processor
         print(

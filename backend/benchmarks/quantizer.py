@@ -3,7 +3,7 @@
     python backend/benchmarks/quantizer.py
 
 Weights are synthetic. Speed is bytes of input ÷ processor seconds of all threads, the best of some
-runs; errors are root mean squares relative to what the unquantized expert has.
+runs; errors are root mean squares relative to the unquantized expert's.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from flash_moe.decode.statistics import peak_rss
-from flash_moe.format.layout import Quantization
+from benchmarks.minmax import minmax
+from flash_moe.format.layout import AFFINE, Quantization
 from flash_moe.machine import inspect_machine
-from flash_moe.pack import fit as fit_module
 from flash_moe.pack.fit import load_fit
-from flash_moe.pack.requantize import requantize
-from flash_moe.pack.split_planes import two_planes
+from flash_moe.pack.requantize import Quantize, fit_in_mlx, fit_native, float32_weights
+from flash_moe.pack.split_planes import split_planes
+from flash_moe.pack.transform import Arrays
+from flash_moe.process import peak_memory
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOKENS = 2048, 512, 4, 256
-Arrays = dict[str, mx.array]
-Given = tuple[Arrays, Quantization | None]
+Source = tuple[Arrays, Quantization | None]
 
 
 def main() -> None:
@@ -46,43 +47,43 @@ def main() -> None:
 def speed() -> None:
     rng = np.random.default_rng(1)
     floats = mx.array(rng.standard_normal((1024, 4096)).astype(np.float32)).astype(mx.bfloat16)
-    whole, coded, wide = given(floats, None), given(floats, 4), given(floats, 4, 128)
+    whole, coded, wide = quantized(floats, None), quantized(floats, 4), quantized(floats, 4, 128)
     weights = rng.random(4096).astype(np.float32)
     data = np.ones(64 << 20, np.float32)
     print(f"memory, read by one thread: {data.nbytes / least(data.sum) / 1e9:.1f} GB/s")
     print("path                                       GB/s a core   ns a group")
-    paths: list[tuple[str, Given, int, int, str, Any]] = [
-        ("4 bits to 2, the optimum", coded, 2, 64, "fit", None),
-        ("  in groups of 128", wide, 2, 128, "fit", None),
-        ("  weighted", coded, 2, 64, "fit", weights),
-        ("  groups of 64 to 128", coded, 2, 128, "fit", None),
-        ("4 bits to 3", coded, 3, 64, "fit", None),
-        ("bfloat16 to 2", whole, 2, 64, "fit", None),
-        ("bfloat16 to 3", whole, 3, 64, "fit", None),
-        ("bfloat16 to 4", whole, 4, 64, "fit", None),
-        ("4 bits to 2, fit in MLX", coded, 2, 64, "fit in MLX", None),
-        ("bfloat16 to 2, fit in MLX", whole, 2, 64, "fit in MLX", None),
-        ("4 bits to 2, minmax", coded, 2, 64, "minmax", None),
+    paths: list[tuple[str, Source, int, int, Quantize, Any]] = [
+        ("4 bits to 2, the optimum", coded, 2, 64, fit_native, None),
+        ("  in groups of 128", wide, 2, 128, fit_native, None),
+        ("  weighted", coded, 2, 64, fit_native, weights),
+        ("  groups of 64 to 128", coded, 2, 128, fit_native, None),
+        ("4 bits to 3", coded, 3, 64, fit_native, None),
+        ("bfloat16 to 2", whole, 2, 64, fit_native, None),
+        ("bfloat16 to 3", whole, 3, 64, fit_native, None),
+        ("bfloat16 to 4", whole, 4, 64, fit_native, None),
+        ("4 bits to 2, fit in MLX", coded, 2, 64, fit_in_mlx, None),
+        ("bfloat16 to 2, fit in MLX", whole, 2, 64, fit_in_mlx, None),
+        ("4 bits to 2, min/max", coded, 2, 64, minmax, None),
     ]
-    before = peak_rss()
-    for name, (arrays, source), bits, group, method, importance in paths:
+    before = peak_memory()
+    for name, (arrays, source), bits, group, quantize, importance in paths:
 
-        def run(a: Any = (arrays, source, bits, group, method, importance)) -> None:
-            mx.eval(requantize(*a))
+        def run(q: Quantize = quantize, a: Any = (arrays, source, bits, group, importance)) -> None:
+            mx.eval(q(*a))
 
         nbytes = sum(part.nbytes for part in arrays.values())
         seconds = least(run)
         groups = floats.size // group
         print(f"{name:42} {nbytes / seconds / 1e9:11.3f} {seconds / groups * 1e9:12.0f}")
-        if name == "bfloat16 to 4" or (method == "fit in MLX" and source):
-            print(f"    (up to here, peak memory grew by {(peak_rss() - before) / 1e6:.0f} MB)")
-    seconds = least(lambda: mx.eval(mx.quantize(dequantized(coded), 64, 2)))
+        if name == "bfloat16 to 4" or (quantize is fit_in_mlx and source):
+            print(f"    (up to here, peak memory grew by {(peak_memory() - before) / 1e6:.0f} MB)")
+    seconds = least(lambda: mx.eval(mx.quantize(float32_weights(*coded), 64, 2)))
     nbytes = sum(part.nbytes for part in coded[0].values())
     print(f"{'4 bits to 2, mx.quantize':42} {nbytes / seconds / 1e9:11.3f}\n")
 
 
 def least(run: Callable[[], Any], seconds: float = 1.0) -> float:
-    """Processor time of all threads: of the best run of as many as fit, at least two."""
+    """Processor time of all threads in the best of as many runs as fit, at least two."""
     best, end, runs = float("inf"), time.perf_counter() + seconds, 0
     while runs < 2 or time.perf_counter() < end:
         start = time.process_time()
@@ -105,20 +106,15 @@ def optimum() -> None:
     ):
         values = x.astype(np.float32)
         best = optimal(values.astype(np.float64)).mean()
-        found = []
+        results = []
         for bins in (16, 24, 32):
-            fit_module.VALUE_BINS[2] = bins
-            made = load_fit().values(values, bits=2, group_size=64, scale_type="float32")
-            levels = mx.dequantize(*map(mx.array, made), 64, 2)
+            how: dict[str, Any] = {"bits": 2, "group_size": 64, "bins": bins}
+            fit = partial(load_fit().values, values, scale_type="float32", **how)
+            levels = mx.dequantize(*map(mx.array, fit()), 64, 2)
             error = ((np.array(levels, np.float64) - values) ** 2).mean()
-            seconds = least(
-                lambda v=values: load_fit().values(v, bits=2, group_size=64, scale_type="float32"),
-                0.3,
-            )
-            speed = values.size * 2 / seconds / 1e9
-            found.append(f"{bins} bins {np.sqrt(error / best) - 1:.2%} at {speed:.2f} GB/s")
-        fit_module.VALUE_BINS[2] = 24
-        print(f"  {kind:16} {', '.join(found)}")
+            speed = values.size * 2 / least(fit, 0.3) / 1e9
+            results.append(f"{bins} bins {np.sqrt(error / best) - 1:.2%} at {speed:.2f} GB/s")
+        print(f"  {kind:16} {', '.join(results)}")
     print()
 
 
@@ -153,35 +149,35 @@ def experts(kind: str) -> None:
         inner = hidden(seen, whole)
         squares = [(part**2).mean(0) for part in (seen, seen, inner)]
         for name, (_, make) in METHODS.items():
-            made = [make(w, s.astype(np.float32)) for w, s in zip(whole, squares, strict=True)]
-            off = [relative(m, plain(w)) for m, w in zip(made, whole, strict=True)]
-            rows.setdefault(name, []).append((np.mean(off), relative(expert(x, made), right)))
-    for name, found in rows.items():
-        weights, output = np.mean(found, 0)
+            coded = [make(w, s.astype(np.float32)) for w, s in zip(whole, squares, strict=True)]
+            off = [relative(c, plain(w)) for c, w in zip(coded, whole, strict=True)]
+            rows.setdefault(name, []).append((np.mean(off), relative(expert(x, coded), right)))
+    for name, errors in rows.items():
+        weights, output = np.mean(errors, 0)
         print(f"{name:24} {METHODS[name][0]:13} {weights:9.4f} {output:8.4f}")
     print()
 
 
 def mixtures(kind: str) -> None:
-    """Sums of the ten best of 512 experts, by a softmax of Gaussian logits of two widths."""
-    ways = ("2 bits, minmax", "2 bits, fit", "first plane of 4 bits")
+    """Sums of the ten likeliest of 512 experts, by a softmax of Gaussian logits of two widths."""
+    ways = ("2 bits, min/max", "2 bits, fit", "first plane of 4 bits")
     for width in (1.0, 2.0):
         rng = np.random.default_rng(5)
         x = activations(rng)
         odds = np.exp(width * np.sort(rng.standard_normal((TOKENS, 512)), axis=1)[:, :-11:-1])
         weights = odds / odds.sum(1, keepdims=True)
-        names = ("own", *ways, "planes, the first two whole", "4 bits, the source")
+        names = ("own", *ways, "planes, the first two in full", "4 bits, the source")
         sums: dict[str, Any] = dict.fromkeys(names, 0.0)
         for rank in range(10):
             own = [weights_like(kind, *shape, rng) for shape in SHAPES]
             alike = [np.ones(w.shape[1], np.float32) for w in own]
-            made = {"own": expert(x, own)}
+            outputs = {"own": expert(x, own)}
             for name in (*ways, "4 bits, the source"):
                 make = METHODS[name][1]
-                made[name] = expert(x, [make(w, a) for w, a in zip(own, alike, strict=True)])
+                outputs[name] = expert(x, [make(w, a) for w, a in zip(own, alike, strict=True)])
             best = "4 bits, the source" if rank < 2 else "first plane of 4 bits"
-            made["planes, the first two whole"] = made[best]
-            sums = {n: part + weights[:, rank, None] * made[n] for n, part in sums.items()}
+            outputs["planes, the first two in full"] = outputs[best]
+            sums = {n: part + weights[:, rank, None] * outputs[n] for n, part in sums.items()}
         print(f"{kind}, ten experts, the first two weigh {weights[:, :2].sum(1).mean():.2f}")
         for name, part in sums.items():
             print(f"  {name:30} {relative(part, sums['own']):.3f}")
@@ -227,63 +223,57 @@ def relative(got: np.ndarray, right: np.ndarray) -> float:
     return float(np.sqrt(((got - right) ** 2).sum() / (right.astype(np.float64) ** 2).sum()))
 
 
-def given(values: mx.array, bits: int | None, group: int = 64) -> Given:
+def quantized(values: mx.array, bits: int | None, group: int = 64) -> Source:
+    """As a checkpoint has it."""
     if bits is None:
         return {"weight": values}, None
-    made = mx.quantize(values, group, bits)
-    mx.eval(made)
-    return dict(zip(("weight", "scales", "biases"), made, strict=True)), Quantization(
-        bits, group, "affine"
-    )
+    parts = mx.quantize(values, group, bits)
+    mx.eval(parts)
+    return dict(zip(AFFINE, parts, strict=True)), Quantization(bits, group, "affine")
 
 
-def dequantized(source: Given) -> mx.array:
-    arrays, how = source
-    assert how is not None
-    parts = [arrays[name].astype(mx.float32) for name in ("scales", "biases")]
-    return mx.dequantize(arrays["weight"], *parts, how.group_size, how.bits)
+def as_it_is(values: mx.array, squares: np.ndarray) -> np.ndarray:
+    return plain(float32_weights(*quantized(values, 4)))
+
+
+def by_mlx(values: mx.array, squares: np.ndarray) -> np.ndarray:
+    four = float32_weights(*quantized(values, 4)).astype(mx.bfloat16)
+    return plain(float32_weights(*quantized(four, 2)))
 
 
 def by(
-    method: str, source: int | None, bits: int, group: int = 64, weighted: bool = False
+    quantize: Quantize, source: int | None, bits: int, group: int = 64, weighted: bool = False
 ) -> Callable[[mx.array, np.ndarray], np.ndarray]:
     def make(values: mx.array, squares: np.ndarray) -> np.ndarray:
-        start = given(values, source)
-        if method == "as it is":
-            return np.array(dequantized(start))
-        if method == "mx.quantize":
-            return np.array(dequantized(given(dequantized(start).astype(mx.bfloat16), bits, group)))
-        made = requantize(*start, bits, group, method, squares if weighted else None)
-        how = Quantization(bits, group, "affine")
-        return np.array(
-            dequantized((dict(zip(("weight", "scales", "biases"), made, strict=True)), how))
-        )
+        parts = quantize(*quantized(values, source), bits, group, squares if weighted else None)
+        arrays = dict(zip(AFFINE, parts, strict=True))
+        return plain(float32_weights(arrays, Quantization(bits, group, "affine")))
 
     return make
 
 
 def first_plane(values: mx.array, squares: np.ndarray) -> np.ndarray:
-    """Of the source in two planes, read without the second."""
-    arrays, how = given(values, 4)
+    """The source in two planes, read without the second."""
+    arrays, how = quantized(values, 4)
     assert how is not None
-    made = two_planes(arrays, how)
-    return np.array(dequantized((made, Quantization(2, how.group_size, "affine"))))
+    planes = split_planes(arrays, how)
+    return plain(float32_weights(planes, Quantization(2, how.group_size, "affine")))
 
 
 METHODS: dict[str, tuple[str, Any]] = {
-    "4 bits, the source": ("4.5", by("as it is", 4, 4)),
-    "4 bits of bf16, fit": ("4.5", by("fit", None, 4)),
-    "2 bits, minmax": ("2.5", by("minmax", 4, 2)),
-    "2 bits, mx.quantize": ("2.5", by("mx.quantize", 4, 2)),
-    "2 bits, fit": ("2.5", by("fit", 4, 2)),
-    "2 bits, fit in MLX": ("2.5", by("fit in MLX", 4, 2)),
+    "4 bits, the source": ("4.5", as_it_is),
+    "4 bits of bf16, fit": ("4.5", by(fit_native, None, 4)),
+    "2 bits, min/max": ("2.5", by(minmax, 4, 2)),
+    "2 bits, mx.quantize": ("2.5", by_mlx),
+    "2 bits, fit": ("2.5", by(fit_native, 4, 2)),
+    "2 bits, fit in MLX": ("2.5", by(fit_in_mlx, 4, 2)),
     "first plane of 4 bits": ("2.5", first_plane),
-    "2 bits, fit, weighted": ("2.5", by("fit", 4, 2, weighted=True)),
-    "2 bits of bf16, fit": ("2.5", by("fit", None, 2)),
-    "2 bits, g128, fit": ("2.25", by("fit", 4, 2, 128)),
-    "3 bits, g128, minmax": ("3.25", by("minmax", 4, 3, 128)),
-    "3 bits, g128, fit": ("3.25", by("fit", 4, 3, 128)),
-    "3 bits, fit": ("3.5", by("fit", 4, 3)),
+    "2 bits, fit, weighted": ("2.5", by(fit_native, 4, 2, weighted=True)),
+    "2 bits of bf16, fit": ("2.5", by(fit_native, None, 2)),
+    "2 bits, g128, fit": ("2.25", by(fit_native, 4, 2, 128)),
+    "3 bits, g128, min/max": ("3.25", by(minmax, 4, 3, 128)),
+    "3 bits, g128, fit": ("3.25", by(fit_native, 4, 3, 128)),
+    "3 bits, fit": ("3.5", by(fit_native, 4, 3)),
 }
 
 

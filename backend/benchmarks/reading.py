@@ -3,7 +3,7 @@
     python backend/benchmarks/reading.py FOLDER    # a pack, or a checkpoint used in place
 
 Floor: bytes of a read ÷ bandwidth. Every round reads the same random experts, K at a time as
-decoding does, direct (past the page cache) where the form allows it and hot (from it).
+decoding does: direct (past the page cache) where the folder's form allows it, and hot (from it).
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def sequential(file: Path, flags: int) -> float:
     block = mmap.mmap(-1, 16 << 20)  # page-aligned, as O_DIRECT wants it
     fd = os.open(file, os.O_RDONLY | flags)
     try:
-        total, start = 0, time.perf_counter()
-        while total < 1 << 30 and (count := os.preadv(fd, [block], total)) == len(block):
+        total, count, start = 0, len(block), time.perf_counter()
+        while total < 1 << 30 and count == len(block):
+            count = os.preadv(fd, [block], total)
             total += count
         return total / (time.perf_counter() - start) / 1e9
     finally:

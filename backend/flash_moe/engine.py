@@ -1,36 +1,38 @@
-"""The engine as the front end sees it: load a model, give it messages, iterate over its words."""
+"""The engine as a front end sees it: load a model, give it a Request, iterate over its Reply."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flash_moe.callbacks import Progress, no_progress
 from flash_moe.chat.events import Event, Markers, Splitter
 from flash_moe.chat.stops import StopScanner
 from flash_moe.chat.template import with_schema
-from flash_moe.chat.thought import markers_of, thought_of
+from flash_moe.chat.thought import find_thought, thought_markers
 from flash_moe.chat.tokenizer import ChatTokenizer, load_tokenizer
-from flash_moe.chat.tool_calls import ToolFormat, tool_format
-from flash_moe.decode.loop import Generation
-from flash_moe.decode.sampling import Sampling
+from flash_moe.chat.tool_calls import ToolFormat, find_tool_format
+from flash_moe.checkpoint.plan import Plan
+from flash_moe.decode.constraint import Constraint
+from flash_moe.decode.loop import Generation, TokenRequest
 from flash_moe.decode.statistics import Stats
-from flash_moe.errors import OptionError
-from flash_moe.grammar.constraints import Constraint
+from flash_moe.errors import OptionError, Remedy
 from flash_moe.grammar.grammar import Grammar
-from flash_moe.model.load import Progress, Settings, StreamedModel, load
+from flash_moe.mlx_library import find_backends
+from flash_moe.model.load import StreamedModel, load
+from flash_moe.options import MAX_TOKENS, Request, Settings
 from flash_moe.prefix.store import PrefixSettings, PrefixStore
-
-# A thinking model may need thousands of tokens; a random one never stops by itself.
-DEFAULT_MAX_TOKENS = 8192
 
 
 class Engine:
-    """A loaded model and its tokenizer. Owns both; use it from the thread that loaded it."""
+    """A loaded model and its tokenizer. Owns both; use it from the thread that loaded it.
+    `warning` is for the user: a fault of the installation that makes replies slow."""
 
     def __init__(
         self, model: StreamedModel, tokenizer: ChatTokenizer, prefix: PrefixStore | None = None
     ) -> None:
+        self.warning = find_backends().problem
         self.model = model
         self.tokenizer = tokenizer
         self.prefix = prefix
@@ -40,94 +42,82 @@ class Engine:
         cls,
         path: Path,
         settings: Settings = Settings(),
-        progress: Progress = lambda done, total: None,
+        progress: Progress = no_progress,
         prefix: PrefixSettings | None = PrefixSettings(),
     ) -> Engine:
-        """`prefix` says where prompts are kept for the next turn; None keeps nothing."""
-        # The tokenizer first: what is missing there is found before gigabytes are read.
+        """`prefix` says where states of prompts are saved for the next turn; None saves none."""
+        # The tokenizer first: what is missing there is noticed before gigabytes are read.
         tokenizer = load_tokenizer(path)
         model = load(path, settings, progress)
-        kept = None if prefix is None else PrefixStore.open(model, tokenizer, prefix)
-        return cls(model, tokenizer, kept)
+        store = None if prefix is None else PrefixStore.open(model, tokenizer, prefix)
+        return cls(model, tokenizer, store)
 
-    def reply(
-        self,
-        messages: Sequence[dict[str, Any]],
-        *,
-        max_tokens: int | None = None,
-        context_length: int | None = None,
-        sampling: Sampling = Sampling(),
-        stop: Sequence[str] = (),
-        tools: Sequence[dict[str, Any]] = (),
-        schema: dict[str, Any] | None = None,
-        thinking: bool | None = None,
-        thinking_budget: int | None = None,
-        likeliest: int | None = None,
-        cancelled: Callable[[], bool] = lambda: False,
-        progress: Progress = lambda done, total: None,
-    ) -> Reply:
+    @property
+    def plan(self) -> Plan:
+        return self.model.plan
+
+    @property
+    def lossy(self) -> list[str]:
+        """What makes it less exact than the checkpoint, in words; empty if nothing does."""
+        return self.model.lossy
+
+    def reply(self, request: Request) -> Reply:
         """The assistant's next turn. Iterate over it for text, or over its `events()` for thoughts
-        and calls, too; `stats` is complete at its end.
-
-        With a schema the answer is JSON that is valid against it, if it is not cut off; calls are
-        of the tools, with arguments that are valid; with both, a reply is the one or the other.
-        `thinking` None is the template's default; after `thinking_budget` tokens a thought is
-        closed.
-        """
-        if not messages:
+        and tool calls, too; `stats` is complete at its end."""
+        if not request.messages:
             raise OptionError("The prompt is empty: there is nothing to answer.")
-        if schema is not None:
-            messages = with_schema(messages, schema)
-        asked = {} if thinking is None else {"enable_thinking": thinking}
-        prompt = self.tokenizer.encode_chat(messages, tools=list(tools) or None, **asked)
-        form = tool_format(self.model.path, self.tokenizer) if tools else None
-        constraint = self._grammar(schema, tools, form).constraint(
-            prompt, thinking_budget=thinking_budget
+        messages = request.messages
+        if request.schema is not None:
+            messages = with_schema(messages, request.schema)
+        thinking = {} if request.thinking is None else {"enable_thinking": request.thinking}
+        prompt = self.tokenizer.encode_chat(messages, tools=list(request.tools) or None, **thinking)
+        tool_format = None
+        if request.tools:
+            tool_format = find_tool_format(self.model.path, self.tokenizer)
+        constraint = self._grammar(request, tool_format).constraint(
+            prompt, thinking_budget=request.thinking_budget
         )
-        generation = Generation(
-            self.model,
-            prompt,
-            max_tokens=self._room(len(prompt), max_tokens, context_length),
-            sampling=sampling,
+        tokens = TokenRequest(
+            prompt=prompt,
+            max_tokens=self._max_tokens(len(prompt), request),
             stop_tokens=self.tokenizer.stop_tokens,
             constraint=constraint,
-            likeliest=likeliest,
-            cancelled=cancelled,
-            progress=progress,
-            begin=self.prefix.begin if self.prefix else None,
+            sampling=request,
+            logprobs=request.logprobs,
+            cancelled=request.cancelled,
+            progress=request.progress,
         )
-        thought = thought_of(self.tokenizer)
-        open_thought = thought is not None and thought.is_open(prompt, self.tokenizer.stop_tokens)
-        markers = Markers(markers_of(self.tokenizer), form, tools)
-        return Reply(generation, self.tokenizer, stop, markers, open_thought, constraint)
+        generation = Generation(self.model, tokens, self.prefix.begin if self.prefix else None)
+        thought = find_thought(self.tokenizer)
+        inside = thought is not None and thought.is_open(prompt, self.tokenizer.stop_tokens)
+        markers = Markers(thought_markers(self.tokenizer), tool_format, request.tools)
+        splitter = Splitter(markers, thinking=inside)
+        stops = StopScanner(request.stop or ())
+        return Reply(generation, self.tokenizer, splitter, stops, constraint)
 
-    def _grammar(
-        self,
-        schema: dict[str, Any] | None,
-        tools: Sequence[dict[str, Any]],
-        form: ToolFormat | None,
-    ) -> Grammar:
+    def _grammar(self, request: Request, tool_format: ToolFormat | None) -> Grammar:
+        schema, tools = request.schema, request.tools
         if schema is not None and tools:
-            return Grammar.for_both(self.tokenizer, schema, tools, form)
+            return Grammar.for_both(self.tokenizer, schema, tools, tool_format)
         if schema is not None:
             return Grammar.for_schema(self.tokenizer, schema)
         if tools:
-            return Grammar.for_tools(self.tokenizer, tools, form)
+            return Grammar.for_tools(self.tokenizer, tools, tool_format)
         return Grammar.free(self.tokenizer)
 
-    def _room(self, prompt: int, max_tokens: int | None, context_length: int | None) -> int:
+    def _max_tokens(self, prompt: int, request: Request) -> int:
         """Tokens that the reply may have. Beyond its context a model writes nonsense."""
-        wanted = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
+        wanted = MAX_TOKENS if request.max_tokens is None else request.max_tokens
         text = self.model.config.get("text_config", self.model.config)
-        own = text.get("max_position_embeddings")
-        limit = context_length or own
+        limit = request.context_length or text.get("max_position_embeddings")
         if not limit:
             return wanted
         if prompt >= limit:
-            whose = "-o context_length" if context_length else "the model's context"
+            whose = "context_length" if request.context_length else "the model's context"
             raise OptionError(
-                f"The conversation has {prompt:,} tokens, and {whose} is {limit:,}: "
-                "begin a new one, or leave something out."
+                f"The conversation has {prompt:,} tokens and {whose} is {limit:,}, which leaves no "
+                "room for a reply: begin a new conversation, or leave something out.",
+                Remedy.SHORTEN_CONVERSATION if request.context_length else None,
             )
         return min(wanted, limit - prompt)
 
@@ -136,42 +126,43 @@ class Engine:
 
 
 class Reply:
+    """Iterate once, in the model's thread."""
+
     def __init__(
         self,
         generation: Generation,
         tokenizer: ChatTokenizer,
-        stop: Sequence[str],
-        markers: Markers,
-        thinking: bool,
+        splitter: Splitter,
+        stops: StopScanner,
         constraint: Constraint | None,
     ) -> None:
         self._generation = generation
-        self._constraint = constraint
         self._tokenizer = tokenizer
-        self._stream = tokenizer.stream(markers.all())
-        self._splitter = Splitter(markers, thinking)
-        self._stops = StopScanner(stop)
+        self._stream = tokenizer.stream(splitter.markers.all())
+        self._splitter = splitter
+        self._stops = stops
+        self._constraint = constraint
 
     @property
     def stats(self) -> Stats:
         return self._generation.stats
 
-    def choices(self) -> list[dict[str, Any]]:
+    @property
+    def complete(self) -> bool:
+        """Whether everything is there that a schema or a tool call needs."""
+        return self._constraint is None or self._constraint.complete
+
+    def logprobs(self) -> list[dict[str, Any]]:
         """Every chosen token with its log-probability and the likeliest ones, as text."""
         text = self._tokenizer.text_of
         return [
             {
-                "token": text(choice.token),
-                "logprob": round(choice.logprob, 4),
-                "likeliest": [[text(token), round(value, 4)] for token, value in choice.likeliest],
+                "token": text(chosen.token),
+                "logprob": round(chosen.logprob, 4),
+                "likeliest": [[text(token), round(value, 4)] for token, value in chosen.likeliest],
             }
-            for choice in self._generation.choices
+            for chosen in self._generation.logprobs
         ]
-
-    @property
-    def complete(self) -> bool:
-        """Whether all was said that a schema or a call needs."""
-        return self._constraint is None or self._constraint.complete
 
     def __iter__(self) -> Iterator[str]:
         """The answer alone."""
@@ -180,19 +171,19 @@ class Reply:
     def events(self) -> Iterator[Event]:
         for token in self._generation:
             self.stats.reasoning_tokens += self._splitter.thinking
-            yield from self._stopped(self._splitter.feed(self._stream.add(token)))
+            yield from self._until_stop(self._splitter.feed(self._stream.add(token)))
             if self._stops.stopped:
                 return
         rest = self._splitter.feed(self._stream.finish()) + self._splitter.finish()
-        yield from self._stopped(rest)
+        yield from self._until_stop(rest)
         if text := self._stops.finish():
             yield Event("text", text)
 
-    def _stopped(self, events: list[Event]) -> Iterator[Event]:
-        """Up to a stop string in the answer; thoughts and calls may hold one."""
+    def _until_stop(self, events: list[Event]) -> Iterator[Event]:
+        """Up to a stop string in the answer; thoughts and tool calls may hold one."""
         for event in events:
             if event.kind != "text":
-                # What was held back of the text comes before what follows it.
+                # Text that was held back comes before what follows it.
                 if text := self._stops.finish():
                     yield Event("text", text)
                 yield event

@@ -2,20 +2,54 @@
 
 FlashMoeError
 ├── CheckpointError      a file or folder is not what it claims to be
-│   └── NotContiguous    sound, but its experts cannot be read where they lie: pack it
+│   └── NotContiguous    sound, but its experts cannot be read where they lie
 ├── UnsupportedModel     an architecture whose experts we cannot stream
-├── RegistryError        a model name that is unknown, taken or unusable
 ├── ReadFailed           the disk did not deliver an expert
-├── NoSpace              the disk is too small, found before writing
-├── NativeUnavailable    a C library could not be compiled (in kernels.native_build)
-└── OptionError          a setting outside its range
+├── NoSpace              the disk is too small, noticed before writing
+├── NativeUnavailable    a C library could not be compiled
+└── OptionError          a setting outside its range, or one that this model does not have
+
+Messages speak of files and of the engine's own arguments. Where one command or option of a front
+end would mend the fault, `remedy` names it, and the front end adds the words for it.
 """
 
 from __future__ import annotations
 
+from enum import Enum, auto
+from pathlib import Path
+
+
+class Remedy(Enum):
+    """What to do, for a front end to say in terms of its own commands."""
+
+    ADD_AGAIN = auto()
+    PACK = auto()
+    PACK_IN_PLANES = auto()
+    PACK_ELSEWHERE = auto()
+    PACK_WITHOUT_BITS = auto()
+    PACK_WITHOUT_PLANES = auto()
+    PACK_WITHOUT_CALIBRATION = auto()
+    OTHER_CALIBRATION = auto()
+    OTHER_GROUP_SIZE = auto()
+    VERIFY = auto()
+    UPGRADE_MLX_LM = auto()
+    USE_LLM_MLX = auto()
+    SHORTEN_CONVERSATION = auto()
+    EVALUATE_TEXTS_ONLY = auto()
+    EVALUATE_OTHER_DATA = auto()
+    EVALUATE_SAME_DATA = auto()
+    SAVE_REFERENCE = auto()
+
 
 class FlashMoeError(Exception):
-    """Base of all errors of the engine; its text is meant for the user."""
+    """Base of all errors of the engine; its text is meant for the user. `path` is what the remedy
+    is applied to, if it needs one."""
+
+    def __init__(
+        self, message: str, remedy: Remedy | None = None, path: Path | None = None
+    ) -> None:
+        super().__init__(message)
+        self.remedy, self.path = remedy, path
 
 
 class CheckpointError(FlashMoeError):
@@ -30,15 +64,15 @@ class UnsupportedModel(FlashMoeError):
     pass
 
 
-class RegistryError(FlashMoeError):
-    pass
-
-
 class ReadFailed(FlashMoeError):
     pass
 
 
 class NoSpace(FlashMoeError):
+    pass
+
+
+class NativeUnavailable(FlashMoeError):
     pass
 
 

@@ -1,9 +1,10 @@
-"""What this process had to fetch from disks: the rest of what it read was in the page cache."""
+"""What the operating system counts of this process: bytes fetched from disks, and peak memory."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -15,11 +16,23 @@ RUSAGE_BYTES, DISK_BYTES_READ = 16 + 18 * 8, 16 + 16 * 8
 
 
 def bytes_from_disk() -> int | None:
-    """Since the process began, read-ahead included; None where the system does not tell."""
+    """Since the process began, read-ahead included; None where the system does not tell. What was
+    read beyond that came from the page cache."""
     try:
         return _reader()()
     except (OSError, AttributeError, ValueError):
         return None
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had, in bytes."""
+    if sys.platform == "linux":
+        # getrusage would count what the parent had when it forked.
+        with open("/proc/self/status", encoding="ascii") as status:
+            peaks = [line.split()[1] for line in status if line.startswith("VmHWM")]
+        if peaks:
+            return int(peaks[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @cache

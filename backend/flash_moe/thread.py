@@ -1,8 +1,8 @@
 """The one thread in which models are loaded and run.
 
 MLX's arrays belong to the thread that made them, and one model fills the memory; so whichever
-thread or event loop wants a reply, each of its steps is taken here. Replies that are read side by
-side take turns, and nothing is computed before it is asked for. Who asks only waits, and can be
+thread or event loop reads a reply, each of its steps runs here. Replies that are read side by side
+take turns, and nothing is computed before it is asked for. The reader only waits, and can be
 interrupted while it does.
 """
 
@@ -12,14 +12,16 @@ import asyncio
 import queue
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
+from flash_moe.callbacks import Cancelled
+
 T = TypeVar("T")
-# Given a function that says whether the caller has gone, makes what the caller waits for.
-Work = Callable[[Callable[[], bool]], Iterator[T]]
+# From a function that says whether the reader has gone, to the items that the reader waits for.
+Work = Callable[[Cancelled], Iterator[T]]
 
 
 class InferenceThread:
@@ -33,11 +35,12 @@ class InferenceThread:
         self._open: set[_Steps[Any]] = set()
         self._ended = False
 
-    def iterate(self, work: Work[T]) -> Iterator[T]:
-        """What the work makes, as it is asked for. Closing the iterator ends the work."""
+    def iterate(self, work: Work[T]) -> Generator[T, None, None]:
+        """The items of the work, each made when it is asked for. Closing the iterator ends the
+        work."""
         steps = _Steps(work, self._open)
         try:
-            while isinstance(item := self._submit(steps.next).result(), _Made):
+            while isinstance(item := self._submit(steps.next).result(), _Item):
                 yield item.value
         finally:
             steps.cancelled.set()
@@ -48,7 +51,7 @@ class InferenceThread:
         """The same for an event loop, which goes on meanwhile."""
         steps = _Steps(work, self._open)
         try:
-            while isinstance(item := await asyncio.wrap_future(self._submit(steps.next)), _Made):
+            while isinstance(item := await asyncio.wrap_future(self._submit(steps.next)), _Item):
                 yield item.value
         finally:
             steps.cancelled.set()
@@ -65,7 +68,7 @@ class InferenceThread:
                     future.set_exception(error)
 
         with self._starting:
-            # What is left half read is closed with its module, after the end of all threads.
+            # A reply left half-read is closed with its module, after the end of all threads.
             if self._ended:
                 future.cancel()
                 return future
@@ -103,8 +106,8 @@ class InferenceThread:
         self._tasks.put(None)
 
 
-class _Made(Generic[T]):
-    """Told apart from the end, whatever it is that is made."""
+class _Item(Generic[T]):
+    """Distinguishes any value from the end of the work."""
 
     __slots__ = ("value",)
 
@@ -113,23 +116,23 @@ class _Made(Generic[T]):
 
 
 class _Steps(Generic[T]):
-    """One piece of work, begun and taken on in the inference thread alone."""
+    """One piece of work, which runs in the inference thread alone."""
 
-    def __init__(self, work: Work[T], among: set[_Steps[Any]]) -> None:
+    def __init__(self, work: Work[T], siblings: set[_Steps[Any]]) -> None:
         self.cancelled = threading.Event()
         self._work = work
-        self._among = among
+        self._siblings = siblings
         self._iterator: Iterator[T] | None = None
 
-    def next(self) -> _Made[T] | None:
+    def next(self) -> _Item[T] | None:
         if self._iterator is None:
-            self._among.add(self)
+            self._siblings.add(self)
             self._iterator = self._work(self.cancelled.is_set)
         for item in self._iterator:
-            return _Made(item)
+            return _Item(item)
         return None
 
     def close(self) -> None:
-        self._among.discard(self)
+        self._siblings.discard(self)
         if close := getattr(self._iterator, "close", None):
             close()

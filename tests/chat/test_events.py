@@ -1,4 +1,4 @@
-"""A reply cut anywhere gives the same thoughts, answer and calls, and loses nothing."""
+"""A reply gives the same thoughts, answer and calls wherever it is cut, and loses nothing."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ QWEN_CALL = (
 )
 JSON_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "two"}}\n</tool_call>'
 CALLS = {"qwen3_coder": QWEN_CALL, "json_tools": JSON_CALL}
-formats = pytest.mark.parametrize("form", FORMATS)
+formats = pytest.mark.parametrize("tool_format", FORMATS)
 
 
 def split(text: str, cuts: list[int], markers: Markers, thinking: bool) -> list[Event]:
-    """Events, with neighbouring pieces of text joined: where they are cut is of no meaning."""
+    """Events, with neighbouring pieces of text joined: where they were cut does not matter."""
     splitter = Splitter(markers, thinking)
     places = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
     events = [
@@ -55,49 +55,49 @@ def split(text: str, cuts: list[int], markers: Markers, thinking: bool) -> list[
 
 
 cuts = st.lists(st.integers(0, 1000), max_size=30)
-# With the characters of the markers, so that halves of them occur.
+# With the characters of the markers, so that parts of them occur.
 words = st.text(alphabet='ab <>/\n"tool_callthinkfunction=', max_size=60)
 
 
 @given(words, cuts)
-def test_text_of_a_model_without_markers_is_given_as_it_is(text: str, cuts: list[int]) -> None:
+def test_text_of_a_model_without_markers_is_not_changed(text: str, cuts: list[int]) -> None:
     events = split(text, cuts, Markers(), False)
     assert events == ([Event("text", text)] if text else [])
 
 
 @formats
 @given(words, cuts, st.booleans())
-def test_cuts_change_nothing(form: str, text: str, cuts: list[int], thinking: bool) -> None:
-    markers = Markers(THOUGHT, FORMATS[form], TOOLS)
-    text = text.replace("call>", CALLS[form])
+def test_cuts_change_nothing(tool_format: str, text: str, cuts: list[int], thinking: bool) -> None:
+    markers = Markers(THOUGHT, FORMATS[tool_format], TOOLS)
+    text = text.replace("call>", CALLS[tool_format])
     assert split(text, cuts, markers, thinking) == split(text, [], markers, thinking)
 
 
 @formats
 @given(words, cuts, st.booleans())
 def test_nothing_but_markers_calls_and_white_space_is_lost(
-    form: str, text: str, cuts: list[int], thinking: bool
+    tool_format: str, text: str, cuts: list[int], thinking: bool
 ) -> None:
-    markers = Markers(THOUGHT, FORMATS[form], TOOLS)
+    markers = Markers(THOUGHT, FORMATS[tool_format], TOOLS)
     events = split(text, cuts, markers, thinking)
-    given_out = "".join(e.text for e in events if e.kind in ("text", "reasoning"))
+    shown = "".join(e.text for e in events if e.kind in ("text", "reasoning"))
 
     def bare(text: str) -> str:
         for marker in THOUGHT:
             text = text.replace(marker, "")
         return "".join(text.split())
 
-    # No call can be read in such text, and what is no call is given as it was written.
+    # A call that cannot be parsed is shown as it was written.
     if not any(event.kind == "call" for event in events):
-        assert bare(given_out) == bare(text)
+        assert bare(shown) == bare(text)
 
 
 @formats
 @given(cuts)
-def test_thought_answer_and_calls_are_told_apart(form: str, cuts: list[int]) -> None:
-    markers = Markers(THOUGHT, FORMATS[form], TOOLS)
+def test_thought_answer_and_calls_are_told_apart(tool_format: str, cuts: list[int]) -> None:
+    markers = Markers(THOUGHT, FORMATS[tool_format], TOOLS)
     call = {"name": "add", "arguments": {"a": 1, "b": "two"}}
-    text = f"\nLook it up.\n</think>\n\nI will.\n\n{CALLS[form]}\n{CALLS[form]}\n"
+    text = f"\nLook it up.\n</think>\n\nI will.\n\n{CALLS[tool_format]}\n{CALLS[tool_format]}\n"
     assert split(text, cuts, markers, True) == [
         Event("reasoning", "Look it up."),
         Event("text", "I will."),
@@ -118,13 +118,13 @@ def test_a_model_may_open_its_thought_itself(cuts: list[int]) -> None:
     ]
 
 
-def test_a_name_is_told_before_its_arguments() -> None:
+def test_a_name_comes_before_its_arguments() -> None:
     splitter = Splitter(Markers(THOUGHT, FORMATS["qwen3_coder"], TOOLS), False)
     assert splitter.feed("<tool_call>\n<function=add") == []
     assert splitter.feed(">\n<parameter=a>\n") == [Event("call_name", "add", 0)]
 
 
-def test_a_key_called_name_is_no_functions_name() -> None:
+def test_a_key_called_name_is_not_the_name_of_a_function() -> None:
     markers = Markers(THOUGHT, FORMATS["json_tools"], TOOLS)
     text = '<tool_call>{"arguments": {"name": "x"}, "name": "add"}</tool_call>'
     named = [event.text for event in split(text, [], markers, False) if event.kind == "call_name"]
@@ -133,8 +133,8 @@ def test_a_key_called_name_is_no_functions_name() -> None:
 
 @formats
 @pytest.mark.parametrize("broken", ["<tool_call>\nwhat?\n</tool_call>", "<tool_call>\n<function=a"])
-def test_what_cannot_be_read_as_a_call_is_shown(form: str, broken: str) -> None:
-    markers = Markers(THOUGHT, FORMATS[form], TOOLS)
+def test_a_malformed_call_is_shown_as_text(tool_format: str, broken: str) -> None:
+    markers = Markers(THOUGHT, FORMATS[tool_format], TOOLS)
     events = split(broken, [], markers, False)
     assert "".join(event.text for event in events if event.kind == "text") == broken
 

@@ -1,4 +1,4 @@
-"""Stop strings: how a text is cut into pieces changes nothing of what is given out."""
+"""Stop strings: the pieces that a text comes in do not change the text that is shown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ texts = st.text(alphabet="abc", max_size=24)
 
 
 def reference(text: str, stops: list[str]) -> tuple[str, bool]:
-    """Read letter by letter; the first stop that is complete ends it, the longest if several."""
+    """Letter by letter: the first stop to be complete ends the text, the longest of several."""
     for end in range(len(text) + 1):
         complete = [stop for stop in stops if stop and text[:end].endswith(stop)]
         if complete:
@@ -37,21 +37,21 @@ def test_any_cut_gives_what_the_whole_text_gives(
     text: str, stops: list[str], places: list[int]
 ) -> None:
     scanner = StopScanner(stops)
-    given_out = "".join(scanner.feed(piece) for piece in cut(text, places)) + scanner.finish()
-    assert (given_out, scanner.stopped) == reference(text, stops)
+    shown = "".join(scanner.feed(piece) for piece in cut(text, places)) + scanner.finish()
+    assert (shown, scanner.stopped) == reference(text, stops)
 
 
 @settings(max_examples=200, deadline=None)
 @given(texts, st.lists(words, min_size=1, max_size=3))
 def test_text_is_held_back_only_while_it_may_begin_a_stop(text: str, stops: list[str]) -> None:
     scanner = StopScanner(stops)
-    given_out = ""
+    shown = ""
     for at, letter in enumerate(text, 1):
-        given_out += scanner.feed(letter)
-        held = text[len(given_out) : at]
+        shown += scanner.feed(letter)
+        waiting = text[len(shown) : at]
         if scanner.stopped:
             break
-        assert held == "" or any(stop.startswith(held) for stop in stops)
+        assert waiting == "" or any(stop.startswith(waiting) for stop in stops)
 
 
 @settings(max_examples=100, deadline=None)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from flash_moe.built_in import FOLDER
+from flash_moe.built_in import BUILT_IN, NAME
 from flash_moe.chat.template import Template
 from flash_moe.chat.tokenizer import load_tokenizer
 from flash_moe.errors import CheckpointError, OptionError
@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "conversations.json"
 SPECIAL = {"bos_token": "<B>", "eos_token": "<E>"}
 SYNTHETIC = Template(TEMPLATE, SPECIAL)
 
-# What templates of well-known models make use of, in one.
+# The features that templates of well-known models use, in one.
 FEATURES = """\
 {%- if not tools is defined %}undefined{% endif -%}
 {{- bos_token }}{{ 'none' if tools is none else tools | length }}{{ documents is none -}}
@@ -98,7 +98,7 @@ def test_any_conversation_renders_as_in_transformers(
 def test_golden_conversations_are_rendered_to_the_byte(number: int) -> None:
     """As transformers rendered them once: tests/golden/make_conversations.py."""
     golden = json.loads(GOLDEN.read_text("utf-8"))[number]
-    tokenizer = load_tokenizer(FOLDER)
+    tokenizer = load_tokenizer(BUILT_IN[NAME])
     variables = {key: golden[key] for key in ("tools", "enable_thinking")}
     text = tokenizer.render_chat(
         golden["messages"], add_generation_prompt=not golden["finished"], **variables
@@ -109,8 +109,6 @@ def test_golden_conversations_are_rendered_to_the_byte(number: int) -> None:
 
 def test_a_checkpoint_gives_the_token_ids_of_transformers(demo_folder: Path) -> None:
     from transformers import AutoTokenizer
-
-    from flash_moe.chat.tokenizer import load_tokenizer
 
     theirs = AutoTokenizer.from_pretrained(demo_folder)
     ours = load_tokenizer(demo_folder)
@@ -168,7 +166,7 @@ def test_thinking_is_off_unless_it_is_on(variables: dict[str, Any], end: str) ->
     assert SYNTHETIC.render([USER], **variables).endswith("Hello<|im_end|>\n" + end)
 
 
-def test_thoughts_are_kept_since_the_last_question_only() -> None:
+def test_only_thoughts_after_the_last_question_stay() -> None:
     text = SYNTHETIC.render([USER, THOUGHT, USER, CALL, RESULT])
     assert "greet" not in text
     assert "<|im_start|>assistant\nHi<|im_end|>" in text
@@ -190,11 +188,11 @@ def test_parts_of_a_message_are_joined() -> None:
 
 
 def test_a_template_can_refuse_a_conversation() -> None:
-    with pytest.raises(OptionError, match=r"conversation: There is no role nobody\.$"):
-        SYNTHETIC.render([{"role": "nobody", "content": ""}])
+    with pytest.raises(OptionError, match=r"conversation: There is no role stranger\.$"):
+        SYNTHETIC.render([{"role": "stranger", "content": ""}])
 
 
-# Templates that mean harm, or fail -----------------------------------------------------------
+# Hostile and broken templates --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -216,13 +214,13 @@ def test_a_template_can_refuse_a_conversation() -> None:
 )
 def test_the_sandbox_holds(source: str) -> None:
     chat = [dict(USER)]
-    with pytest.raises(OptionError, match="does not take this conversation"):
+    with pytest.raises(OptionError, match="rejects this conversation"):
         Template(source, {}).render(chat)
     assert chat == [USER]
 
 
 @pytest.mark.parametrize("source", ["{{ ''.__class__ }}", "{{ messages.__class__ }}"])
-def test_what_the_sandbox_hides_is_empty(source: str) -> None:
+def test_attributes_that_the_sandbox_hides_are_empty(source: str) -> None:
     assert Template(source, {}).render([USER]) == ""
 
 
@@ -242,7 +240,7 @@ def test_what_the_sandbox_hides_is_empty(source: str) -> None:
         ("{{ raise_exception('') }}", "conversation: no reason given"),
     ],
 )
-def test_templates_that_fail_say_so_in_one_line(source: str, message: str) -> None:
+def test_templates_that_fail_give_one_line(source: str, message: str) -> None:
     with pytest.raises(OptionError, match=message) as caught:
         Template(source, {}).render([USER])
     text = str(caught.value)
@@ -252,6 +250,6 @@ def test_templates_that_fail_say_so_in_one_line(source: str, message: str) -> No
 
 
 @pytest.mark.parametrize("source", ["{% if %}", "{{ a", "{% nonsense %}", "{{ x | no_filter }}"])
-def test_templates_that_are_no_templates(source: str) -> None:
+def test_a_text_that_is_not_a_template(source: str) -> None:
     with pytest.raises(CheckpointError, match="chat template is broken"):
         Template(source, {})

@@ -1,4 +1,4 @@
-"""Tokens to text and back, and what a checkpoint's tokenizer files may look like."""
+"""Tokens to text and back, and the forms that a checkpoint's tokenizer files can take."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from flash_moe.errors import CheckpointError, FlashMoeError
 from flash_moe.synth.tokenizer import make_tokenizer
 from tests.strategies import edited, json_values
 
-MADE = make_tokenizer()
-TOKENIZER = ChatTokenizer(Tokenizer.from_str(MADE.json), None, frozenset())
+SYNTHETIC = make_tokenizer()
+TOKENIZER = ChatTokenizer(Tokenizer.from_str(SYNTHETIC.json), None, frozenset())
 
-# Characters of two to four bytes, and ones that only mean something together.
+# Characters of two to four bytes, and ones that combine.
 PIECES = [
     "é",
     "e\u0301",
@@ -39,8 +39,8 @@ PIECES = [
     "<|im_end|>",
 ]
 texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=6), max_size=8).map("".join)
-# Beyond the vocabulary, too: a model's head may be wider than its tokenizer.
-tokens = st.lists(st.integers(0, MADE.size + 50), max_size=24)
+# Also beyond the vocabulary: a model's head may be wider than its tokenizer.
+tokens = st.lists(st.integers(0, SYNTHETIC.size + 50), max_size=24)
 
 
 def streamed(ids: list[int]) -> list[str]:
@@ -60,7 +60,7 @@ def test_streamed_text_is_the_decoded_text(text: str) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(tokens)
-def test_tokens_that_are_no_text_stream_as_they_decode(ids: list[int]) -> None:
+def test_any_tokens_stream_as_they_decode(ids: list[int]) -> None:
     assert "".join(streamed(ids)) == TOKENIZER.decode(ids)
 
 
@@ -70,7 +70,7 @@ def test_a_character_of_several_tokens_comes_whole() -> None:
     assert streamed(ids) == ["x", "", "", "", "🦙", "y", ""]
 
 
-def test_what_is_left_of_a_character_comes_at_the_end() -> None:
+def test_an_incomplete_character_comes_at_the_end() -> None:
     ids = TOKENIZER.encode("x🦙")[:-1]
     assert streamed(ids) == ["x", "", "", "", "\ufffd"]
 
@@ -81,7 +81,7 @@ def test_what_is_left_of_a_character_comes_at_the_end() -> None:
 def make_folder(folder: Path, **files: Any) -> Path:
     """A folder with a sound tokenizer; keyword arguments are files, `config` for config.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    contents: dict[str, Any] = {"tokenizer": MADE.json, "config": {"model_type": "x"}, **files}
+    contents: dict[str, Any] = {"tokenizer": SYNTHETIC.json, "config": {"model_type": "x"}, **files}
     for name, value in contents.items():
         suffix = ".jinja" if name == "chat_template" else ".json"
         text = value if isinstance(value, str) else json.dumps(value)
@@ -111,7 +111,9 @@ TOKEN = TOKENIZER.tokenizer.id_to_token(ID)
     ],
     ids=["generation", "list", "config", "nested", "eos_token", "eos_token dict"],
 )
-def test_stop_tokens_are_found_wherever_they_stand(tmp_path: Path, files: dict[str, Any]) -> None:
+def test_stop_tokens_come_from_every_file_that_declares_them(
+    tmp_path: Path, files: dict[str, Any]
+) -> None:
     assert stop_texts(make_folder(tmp_path / "plain")) == ALWAYS
     assert stop_texts(make_folder(tmp_path / "model", **files)) == ALWAYS | {TOKEN}
 
@@ -137,7 +139,7 @@ NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "templat
         ({"tokenizer_config": {"pad_token": "P", "chat_template": "{{ pad_token }}"}}, "P"),
     ],
 )
-def test_which_template_is_taken(
+def test_which_template_is_used(
     tmp_path: Path, files: dict[str, Any], expected: str | None
 ) -> None:
     assert rendered(make_folder(tmp_path / "model", **files)) == expected
@@ -153,7 +155,7 @@ def test_a_template_file_in_json(tmp_path: Path) -> None:
     assert rendered(folder) == "jinja"
 
 
-def test_without_a_template_the_words_are_the_prompt(tmp_path: Path) -> None:
+def test_without_a_template_the_messages_are_the_prompt(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(make_folder(tmp_path / "model"))
     messages = [{"role": "system", "content": "one"}, {"role": "user", "content": "two"}]
     assert tokenizer.decode(tokenizer.encode_chat(messages)) == "one\n\ntwo"
@@ -167,8 +169,8 @@ def test_special_tokens_of_a_template_are_tokens(demo_folder: Path) -> None:
 
 
 def test_a_template_writes_the_special_tokens_itself(tmp_path: Path) -> None:
-    """Many tokenizers put one before every text; after a template that would be two."""
-    tokenizer = Tokenizer.from_str(MADE.json)
+    """Many tokenizers put one before every text; with the template's that would be two."""
+    tokenizer = Tokenizer.from_str(SYNTHETIC.json)
     start = (TOKEN, ID)
     tokenizer.post_processor = TemplateProcessing(single=f"{TOKEN} $A", special_tokens=[start])
     folder = make_folder(tmp_path / "model", tokenizer=tokenizer.to_str(), chat_template="Hello")
@@ -177,15 +179,39 @@ def test_a_template_writes_the_special_tokens_itself(tmp_path: Path) -> None:
     assert loaded.encode_chat([]) == TOKENIZER.encode("Hello")
 
 
+@pytest.mark.parametrize("length", [0, 3, 1000])
+def test_prompts_are_neither_truncated_nor_padded(tmp_path: Path, length: int) -> None:
+    """A tokenizer.json can ask for both; mlx-lm, which uses transformers, does neither."""
+    from transformers import AutoTokenizer
+
+    text = "experts " * length
+    expected = TOKENIZER.encode(text)
+    tokenizer = Tokenizer.from_str(SYNTHETIC.json)
+    tokenizer.enable_truncation(40)
+    tokenizer.enable_padding(length=64)
+    assert len(tokenizer.encode(text).ids) == 64
+    folder = make_folder(
+        tmp_path / "model",
+        tokenizer=tokenizer.to_str(),
+        tokenizer_config=SYNTHETIC.config,
+        chat_template="{{ messages[0].content }}",
+    )
+    loaded = load_tokenizer(folder)
+    assert loaded.encode(text) == expected
+    assert loaded.encode_chat([{"role": "user", "content": text}]) == expected
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert theirs.encode(text) == expected
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("tokenizer.json", b"{", "tokenizer.json cannot be read"),
         ("tokenizer.json", b"{}", "tokenizer.json cannot be read"),
         ("tokenizer.json", b"\xff\xfe", "tokenizer.json cannot be read"),
-        ("tokenizer_config.json", b"[]", "tokenizer_config.json holds no JSON object"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json does not hold a JSON object"),
         ("generation_config.json", b"nonsense", "generation_config.json is not JSON"),
-        ("chat_template.jinja", b"\xff", "chat_template.jinja cannot be read"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja is not UTF-8"),
         ("chat_template.jinja", b"{% if %}", "chat template is broken"),
         ("chat_template.jinja", b"{{ " + b"(" * 5000, "chat template is broken"),
     ],
@@ -236,7 +262,7 @@ except CheckpointError as error:
 @pytest.mark.parametrize("kind", ["unknown", "qwen3_5_moe", "custom"])
 def test_no_tokenizer_at_all_is_one_clean_line(tmp_path: Path, kind: str) -> None:
     """No traceback, no download, and no question whether to run the checkpoint's own code. For
-    models that transformers knows it would make a tokenizer without words."""
+    models that transformers knows, it would make a tokenizer with an empty vocabulary."""
     folder = make_folder(tmp_path / "model", config={"model_type": kind})
     (folder / "tokenizer.json").unlink()
     if kind == "custom":

@@ -1,4 +1,4 @@
-"""A folder is opened only if it is a whole checkpoint, and K is changed only to what exists."""
+"""A folder is opened only if it is a complete checkpoint, and K is changed only within limits."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from hypothesis import strategies as st
 
 from flash_moe.checkpoint.folder import (
     EXPERTS_PER_TOKEN,
-    MAX_JSON_BYTES,
     experts_per_token,
     open_folder,
     routed_experts,
     with_experts_per_token,
 )
 from flash_moe.errors import CheckpointError, OptionError
+from flash_moe.format.json_files import MAX_JSON_BYTES
 from tests.strategies import json_values, tiny_checkpoint
 
 WEIGHTS = "model-00001-of-00001.safetensors"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("folder") / "source")
 
 
 @pytest.fixture
-def source(made: Path, tmp_path: Path) -> Path:
-    """A checkpoint of one's own to break; the weights are linked."""
-    return Path(shutil.copytree(made, tmp_path / "source", copy_function=os.link))
+def source(original: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint that a test may break; the weights are linked."""
+    return Path(shutil.copytree(original, tmp_path / "source", copy_function=os.link))
 
 
 def replace(file: Path, content: str | bytes) -> None:
@@ -88,10 +88,10 @@ def test_a_shard_that_the_index_names_is_missing(source: Path) -> None:
 
 @given(index=json_values | st.fixed_dictionaries({"weight_map": json_values}))
 @settings(max_examples=150, deadline=None)
-def test_any_index(made: Path, tmp_path_factory: pytest.TempPathFactory, index: Any) -> None:
+def test_any_index(original: Path, tmp_path_factory: pytest.TempPathFactory, index: Any) -> None:
     source = tmp_path_factory.getbasetemp() / "any-index"
     if not source.exists():
-        shutil.copytree(made, source, copy_function=os.link)
+        shutil.copytree(original, source, copy_function=os.link)
     replace(source / "model.safetensors.index.json", json.dumps(index))
     try:
         open_folder(source)
@@ -148,12 +148,12 @@ def config(k: Any, nested: bool = True, key: str = "num_experts_per_tok") -> dic
 @given(st.integers(1, 16), st.integers(1, 16), st.booleans(), st.sampled_from(EXPERTS_PER_TOKEN))
 def test_another_k(own: int, k: int, nested: bool, key: str) -> None:
     before = config(own, nested, key)
-    kept = copy.deepcopy(before)
+    saved = copy.deepcopy(before)
     changed = with_experts_per_token(before, k)
     assert changed == config(k, nested, key)
     assert experts_per_token(changed) == k
     assert routed_experts(changed) == 16
-    assert before == kept, "the folder's own config must stay as it is"
+    assert before == saved, "the folder's own config must not change"
 
 
 def test_no_k_changes_nothing() -> None:
@@ -167,7 +167,7 @@ def test_a_list_of_k_a_layer() -> None:
 
 
 def test_every_place_is_changed() -> None:
-    """Some configs say K twice, at the top and nested."""
+    """Some configs state K twice, at the top and nested."""
     both = {**config(4), "num_experts_per_tok": 4}
     changed = with_experts_per_token(both, 2)
     assert changed["num_experts_per_tok"] == changed["text_config"]["num_experts_per_tok"] == 2
@@ -189,8 +189,8 @@ def test_a_config_without_k() -> None:
 @settings(max_examples=200, deadline=None)
 def test_any_k_in_a_config(own: Any, total: Any, k: int) -> None:
     odd = {"model_type": "m", "num_experts": total, "text_config": {"num_experts_per_tok": own}}
-    found = experts_per_token(odd)
-    assert found is None or type(found) is int
+    count = experts_per_token(odd)
+    assert count is None or type(count) is int
     assert type(routed_experts(odd)) is int
     try:
         changed = with_experts_per_token(odd, k)

@@ -1,4 +1,4 @@
-"""Wherever `trace` says that bytes are, they are; and where something computes, it says nothing."""
+"""Bytes are where `trace` says they are; it says nothing of tensors that are computed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from math import prod
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
-from flash_moe.checkpoint.skeleton import _watch_sanitize
-from flash_moe.checkpoint.trace import Pieces, View, trace, whole
+from flash_moe.checkpoint.trace import Pieces, View, entire, trace
 
 DTYPES = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
@@ -68,7 +66,7 @@ def fetched(view: View) -> np.ndarray:
 
 @st.composite
 def moves(draw: st.DrawFn, shape: tuple[int, ...], dtype: Any) -> Move:
-    """One move that MLX can do on an array of this shape."""
+    """One operation of MLX's that moves no bytes of an array of this shape."""
     kinds = ["contiguous", "expand_dims", "reshape"]
     if shape:
         kinds += [
@@ -181,10 +179,10 @@ def compositions(draw: st.DrawFn) -> tuple[list[str], Callable[[Weights], mx.arr
             for move in steps[:before]:
                 part = move(part)
             parts.append(part)
-        whole_array = joining(parts) if joined else parts[0]
+        combined = joining(parts) if joined else parts[0]
         for move in steps[before:]:
-            whole_array = move(whole_array)
-        return whole_array
+            combined = move(combined)
+        return combined
 
     return names, compose
 
@@ -199,12 +197,12 @@ def _any_composition(composition: tuple[list[str], Callable[[Weights], mx.array]
     array = compose(ARRAYS)
 
     def sanitize(weights: Weights) -> Weights:
-        return {"moved": compose(weights), "kept": weights["b"]}
+        return {"moved": compose(weights), "untouched": weights["b"]}
 
-    found = trace(sanitize, ARRAYS)
-    assert found.keys() == {"moved", "kept"}
-    assert found["kept"] == (whole("b", (6, 4, 8), 4),)
-    pieces = found["moved"]
+    places = trace(sanitize, ARRAYS)
+    assert places.keys() == {"moved", "untouched"}
+    assert places["untouched"] == (entire("b", (6, 4, 8), 4),)
+    pieces = places["moved"]
     HITS["all"] += 1
     if pieces is None:
         event("None")
@@ -228,7 +226,7 @@ def _any_composition(composition: tuple[list[str], Callable[[Weights], mx.array]
 def test_any_composition_of_moves() -> None:
     HITS.clear()
     _any_composition()
-    # A property about places is worth as much as the places that it saw.
+    # A property of places is worth as much as the number of places that it saw.
     assert HITS["placed"] > HITS["all"] * 0.5, HITS
     assert HITS["joined"] > 20, HITS
     assert all(HITS[name] for name in ("cut", "slice", "split", "unflatten", "view")), HITS
@@ -287,22 +285,22 @@ def test_moves_have_a_place(move: Callable[[Weights], mx.array]) -> None:
     ],
     ids=range(25),
 )
-def test_what_computes_has_no_place(compute: Callable[[Weights], mx.array]) -> None:
-    found = trace(lambda w: {"computed": compute(w)}, ARRAYS)
-    assert found == {"computed": None}
+def test_computed_tensors_have_no_place(compute: Callable[[Weights], mx.array]) -> None:
+    places = trace(lambda w: {"computed": compute(w)}, ARRAYS)
+    assert places == {"computed": None}
 
 
 def test_a_computed_tensor_does_not_hide_the_others() -> None:
-    found = trace(lambda w: {"x": w["a"] + 1, "y": w["a"][1:2], "z": w["c"]}, ARRAYS)
-    assert found["x"] is None
-    assert found["y"] == (View("a", 128, (1, 4, 8), (128, 32, 4), 4),)
-    assert found["z"] == (whole("c", (4, 6, 16), 2),)
+    places = trace(lambda w: {"x": w["a"] + 1, "y": w["a"][1:2], "z": w["c"]}, ARRAYS)
+    assert places["x"] is None
+    assert places["y"] == (View("a", 128, (1, 4, 8), (128, 32, 4), 4),)
+    assert places["z"] == (entire("c", (4, 6, 16), 2),)
 
 
 def test_one_tensor_under_two_names() -> None:
-    found = trace(lambda w: {"x": w["a"], "y": w["a"], "z": w["b"]}, ARRAYS)
-    assert found["x"] == found["y"] == (whole("a", (6, 4, 8), 4),)
-    assert found["z"] == (whole("b", (6, 4, 8), 4),)
+    places = trace(lambda w: {"x": w["a"], "y": w["a"], "z": w["b"]}, ARRAYS)
+    assert places["x"] == places["y"] == (entire("a", (6, 4, 8), 4),)
+    assert places["z"] == (entire("b", (6, 4, 8), 4),)
 
 
 def test_nothing_is_read_and_contiguous_is_put_back() -> None:
@@ -321,24 +319,10 @@ def test_nothing_is_read_and_contiguous_is_put_back() -> None:
     assert mx.contiguous is own
 
 
-def test_a_sanitize_that_looks_at_values_leaves_no_place() -> None:
-    """It must not pass for an architecture without `sanitize`, whose tensors lie as named."""
-
-    class Model(nn.Module):  # type: ignore[misc]
-        def sanitize(self, weights: Weights) -> Weights:
-            swap = weights["a"][0, 0, 0].item() == 0
-            return {"a": weights["a"].swapaxes(1, 2) if swap else weights["a"]}
-
-    model, provenance = Model(), dict[str, Pieces | None]()
-    _watch_sanitize(model, provenance)
-    assert model.sanitize(dict(ARRAYS)).keys() == {"a"}
-    assert provenance == {"a": None}
-
-
 def test_an_expert_of_fused_and_stacked_weights() -> None:
     """gate and up fused in one tensor, as Qwen stores them: where is the up part of expert 2?"""
-    found = trace(lambda w: {"up": mx.contiguous(w["a"][:, 2:, :])}, ARRAYS)
-    (view,) = found["up"] or ()
+    places = trace(lambda w: {"up": mx.contiguous(w["a"][:, 2:, :])}, ARRAYS)
+    (view,) = places["up"] or ()
     row = view.row(2)
     assert row == View("a", 2 * 128 + 64, (2, 8), (32, 4), 4)
     assert row.contiguous

@@ -1,7 +1,7 @@
-"""Noise held to a grammar: whatever a model of random weights says to its end is what was asked.
+"""Grammars on a model of random weights: every reply that comes to its end is valid.
 
-At temperature 1 it tries everything that the mask leaves it. `make test ARGS='-m slow'` runs the
-long versions.
+At temperature 1 such a model tries everything that the mask allows. `make test ARGS='-m slow'`
+runs the long versions.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from mlx_lm.tool_parsers import json_tools
 
 from flash_moe.chat.tokenizer import load_tokenizer
-from flash_moe.chat.tool_calls import ToolFormat, tool_format
-from flash_moe.decode.loop import Generation
-from flash_moe.decode.sampling import Sampling
+from flash_moe.chat.tool_calls import ToolFormat, find_tool_format
+from flash_moe.decode.constraint import Constraint, Unconstrained
+from flash_moe.decode.loop import Generation, TokenRequest
 from flash_moe.decode.statistics import Stats
 from flash_moe.evaluation.json_schema import check_schema, faults
-from flash_moe.grammar.constraints import Constraint, Free
 from flash_moe.grammar.grammar import Grammar
-from flash_moe.model.load import Settings, load
+from flash_moe.model.load import load
+from flash_moe.options import Phase, Sampling, Settings
 from flash_moe.synth.model import Shape, synthesize
 from tests.grammar.schemas import schemas, tools
 
-# Noise comes to its end in a tenth of this, or, in a key or a number of its own, perhaps never.
+# Replies end within a tenth of this, or never, inside a key or a number that the model made up.
 ENOUGH = 400
 JSON_CALLS = ToolFormat("json_tools", "<tool_call>", "</tool_call>", json_tools.parse_tool_call)
 PERSON = {
@@ -59,19 +59,26 @@ class Noise:
         messages = [{"role": "user", "content": "?"}]
         return self.tokenizer.encode_chat(messages, enable_thinking=thinking)
 
-    def reply(self, prompt: list[int], constraint: Constraint | None, **changes: Any) -> Generation:
-        given: dict[str, Any] = {"max_tokens": ENOUGH, "stop_tokens": self.tokenizer.stop_tokens}
-        return Generation(self.model, prompt, constraint=constraint, **{**given, **changes})
+    def reply(
+        self,
+        prompt: list[int],
+        constraint: Constraint | None,
+        chunk: int | None = None,
+        **changes: Any,
+    ) -> Generation:
+        options = {"max_tokens": ENOUGH, "stop_tokens": self.tokenizer.stop_tokens, **changes}
+        request = TokenRequest(prompt, constraint=constraint, **options)
+        return Generation(self.model, request, chunk=chunk)
 
     def text(self, ids: list[int]) -> str:
         """With the tokens that mark thoughts and calls."""
         text: str = self.tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
-    def form(self) -> ToolFormat:
-        found = tool_format(self.folder, self.tokenizer)
-        assert found is not None
-        return found
+    def tool_format(self) -> ToolFormat:
+        tool_format = find_tool_format(self.folder, self.tokenizer)
+        assert tool_format is not None
+        return tool_format
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +103,13 @@ def check_reply(noise: Noise, schema: dict[str, Any], seed: int) -> None:
     assert list(faults(json.loads(text), schema)) == []
 
 
-def check_call(noise: Noise, form: ToolFormat, declared: list[dict[str, Any]], seed: int) -> None:
-    start, end = (noise.tokenizer.tokenizer.token_to_id(text) for text in (form.start, form.end))
+def check_call(
+    noise: Noise, tool_format: ToolFormat, declared: list[dict[str, Any]], seed: int
+) -> None:
+    token_id = noise.tokenizer.tokenizer.token_to_id
+    start, end = token_id(tool_format.start), token_id(tool_format.end)
     prompt = [*noise.prompt(), start]
-    grammar = Grammar.for_tools(noise.tokenizer, declared, form)
+    grammar = Grammar.for_tools(noise.tokenizer, declared, tool_format)
     constraint = grammar.constraint(prompt)
     assert grammar.constrains
     assert constraint is not None
@@ -109,7 +119,7 @@ def check_call(noise: Noise, form: ToolFormat, declared: list[dict[str, Any]], s
     assert constraint.complete == (generation.stats.finish_reason == "stop")
     assume(constraint.complete)
     text = noise.text([start, *ids, end])
-    calls = form.calls(text, declared)
+    calls = tool_format.calls(text, declared)
     assert calls is not None, text
     [call] = calls
     functions = {tool["function"]["name"]: tool["function"] for tool in declared}
@@ -117,19 +127,36 @@ def check_call(noise: Noise, form: ToolFormat, declared: list[dict[str, Any]], s
     assert list(faults(call["arguments"], schema)) == [], text
 
 
+def tool_with(schema: dict[str, Any], required: bool) -> list[dict[str, Any]]:
+    parameters = {
+        "type": "object",
+        "properties": {"x": schema},
+        "required": ["x"] * required,
+        "additionalProperties": False,
+    }
+    return [{"type": "function", "function": {"name": "get", "parameters": parameters}}]
+
+
 seeds = st.integers(0, 2**32)
+# Enums of nulls and repeated nulls once lost their values.
+NULLS = tool_with({"enum": [None, None]}, required=False)
+REQUIRED_NULLS = tool_with({"enum": [None, None]}, required=True)
+MIXED_NULLS = tool_with({"enum": [None, "a b", None, "a b"]}, required=True)
+NULL_TYPES = tool_with({"type": ["null", "null"]}, required=True)
 
 
 @settings(max_examples=30, deadline=None)
 @given(schema=schemas, seed=seeds)
-def test_what_is_finished_fits_its_schema(noise: Noise, schema: dict[str, Any], seed: int) -> None:
+@example(schema={"enum": [None, None]}, seed=0)
+@example(schema={"enum": [None, "a", None]}, seed=0)
+def test_finished_replies_are_valid(noise: Noise, schema: dict[str, Any], seed: int) -> None:
     check_reply(noise, schema, seed)
 
 
 @pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(schema=schemas, seed=seeds)
-def test_what_is_finished_fits_its_schema_at_length(
+def test_finished_replies_are_valid_at_length(
     noise: Noise, schema: dict[str, Any], seed: int
 ) -> None:
     check_reply(noise, schema, seed)
@@ -137,16 +164,26 @@ def test_what_is_finished_fits_its_schema_at_length(
 
 @settings(max_examples=20, deadline=None)
 @given(declared=tools(), seed=seeds)
-def test_calls_are_what_the_models_own_parser_takes(
+@example(declared=NULLS, seed=0)
+@example(declared=NULLS, seed=1)
+@example(declared=REQUIRED_NULLS, seed=0)
+@example(declared=MIXED_NULLS, seed=0)
+@example(declared=NULL_TYPES, seed=0)
+def test_the_models_own_parser_reads_calls(
     noise: Noise, declared: list[dict[str, Any]], seed: int
 ) -> None:
-    form = noise.form()
-    assert form.name == "qwen3_coder"
-    check_call(noise, form, declared, seed)
+    tool_format = noise.tool_format()
+    assert tool_format.name == "qwen3_coder"
+    check_call(noise, tool_format, declared, seed)
 
 
 @settings(max_examples=20, deadline=None)
 @given(declared=tools(), seed=seeds)
+@example(declared=NULLS, seed=0)
+@example(declared=NULLS, seed=1)
+@example(declared=REQUIRED_NULLS, seed=0)
+@example(declared=MIXED_NULLS, seed=0)
+@example(declared=NULL_TYPES, seed=0)
 def test_calls_in_json(noise: Noise, declared: list[dict[str, Any]], seed: int) -> None:
     check_call(noise, JSON_CALLS, declared, seed)
 
@@ -157,23 +194,23 @@ def test_calls_in_json(noise: Noise, declared: list[dict[str, Any]], seed: int) 
 def test_calls_at_length(
     noise: Noise, declared: list[dict[str, Any]], seed: int, json_calls: bool
 ) -> None:
-    check_call(noise, JSON_CALLS if json_calls else noise.form(), declared, seed)
+    check_call(noise, JSON_CALLS if json_calls else noise.tool_format(), declared, seed)
 
 
 @given(seed=seeds)
 @settings(max_examples=8)
 def test_with_both_a_reply_is_a_value_or_a_call(noise: Noise, seed: int) -> None:
-    prompt, form = noise.prompt(), noise.form()
-    constraint = Grammar.for_both(noise.tokenizer, UNIT, TOOLS, form).constraint(prompt)
+    prompt, tool_format = noise.prompt(), noise.tool_format()
+    constraint = Grammar.for_both(noise.tokenizer, UNIT, TOOLS, tool_format).constraint(prompt)
     assert constraint is not None
     assert constraint.holds
     assert not constraint.complete
-    end = noise.tokenizer.tokenizer.token_to_id(form.end)
+    end = noise.tokenizer.tokenizer.token_to_id(tool_format.end)
     stops = noise.tokenizer.stop_tokens | {end}
     ids = list(noise.reply(prompt, constraint, sampling=warm(seed), stop_tokens=stops))
     assume(constraint.complete)
-    if noise.text(ids).startswith(form.start):
-        calls = form.calls(noise.text([*ids, end]), TOOLS)
+    if noise.text(ids).startswith(tool_format.start):
+        calls = tool_format.calls(noise.text([*ids, end]), TOOLS)
         assert calls is not None
         assert [call["name"] for call in calls] == ["run_sql"]
         assert list(faults(calls[0]["arguments"], QUERY)) == []
@@ -182,12 +219,12 @@ def test_with_both_a_reply_is_a_value_or_a_call(noise: Noise, seed: int) -> None
 
 
 def test_both_begin_with_either(noise: Noise) -> None:
-    start = noise.tokenizer.tokenizer.token_to_id(noise.form().start)
+    start = noise.tokenizer.tokenizer.token_to_id(noise.tool_format().start)
     schema, both = (
         grammar.constraint(noise.prompt())
         for grammar in (
             Grammar.for_schema(noise.tokenizer, UNIT),
-            Grammar.for_both(noise.tokenizer, UNIT, TOOLS, noise.form()),
+            Grammar.for_both(noise.tokenizer, UNIT, TOOLS, noise.tool_format()),
         )
     )
     assert schema is not None
@@ -242,12 +279,12 @@ def test_every_token_under_the_mask_is_counted(noise: Noise) -> None:
     assert stats.finish_reason == "stop"
     assert stats.constrained_tokens == stats.generated_tokens == len(tokens)
     assert stats.mask_seconds > 0
-    # Noise would rather say something else.
+    # The model itself gives most of the probability to other tokens.
     assert 0 < stats.allowed_mass < 1
 
 
 def test_a_reply_may_be_cut_anywhere(noise: Noise) -> None:
-    """In the middle of forced tokens, too."""
+    """Also between forced tokens."""
     grammar = Grammar.for_schema(noise.tokenizer, UNIT)
     whole, _ = greedy(noise, grammar.constraint(noise.prompt()))
     for length in range(1, len(whole) + 1):
@@ -271,13 +308,13 @@ def test_more_forced_tokens_than_a_chunk_holds(noise: Noise, chunk: int) -> None
 def test_without_a_grammar_nothing_changes(noise: Noise) -> None:
     for sampling in (Sampling(), warm(3), Sampling(repetition_penalty=1.3)):
         changes = {"sampling": sampling, "max_tokens": 20}
-        free, stats = greedy(noise, Free(), **changes)
+        free, stats = greedy(noise, Unconstrained(), **changes)
         assert free == greedy(noise, None, **changes)[0]
         assert (stats.constrained_tokens, stats.forced_tokens, stats.allowed_mass) == (0, 0, 1.0)
 
 
 def test_penalties_come_before_the_mask(noise: Noise) -> None:
-    """They can push what the mask allows, and never lift what it forbids."""
+    """They can prefer tokens that the mask allows, but never allow what it forbids."""
     sampling = Sampling(frequency_penalty=-2.0, repetition_penalty=0.2, temperature=1.0, seed=1)
     tokens, _ = greedy(noise, person(noise), sampling=sampling)
     assert list(faults(json.loads(noise.text(tokens)), PERSON)) == []
@@ -299,32 +336,32 @@ def test_thoughts_are_free_until_their_budget_is_spent(noise: Noise) -> None:
 
 
 @pytest.mark.parametrize("chunk", [4, 1000])
-def test_what_is_computed_is_known(noise: Noise, chunk: int) -> None:
-    """A prompt to its end, a free thought, and what a grammar holds: some choices of experts depend
-    on it. A token is computed when the one after it is wanted."""
+def test_every_token_is_computed_in_its_phase(noise: Noise, chunk: int) -> None:
+    """The prompt to its end, a free thought, and text under a grammar: precision may depend on
+    these. A token is computed when the next one is needed."""
     prompt = noise.prompt(thinking=True)
     constraint = Grammar.for_schema(noise.tokenizer, UNIT).constraint(prompt, thinking_budget=9)
-    streamer, seen = noise.model.streamer, list[tuple[str, int]]()
-    streamer.watch = lambda layer, chosen: seen.append((streamer.occasion, len(chosen)))
+    streamer, events = noise.model.streamer, list[tuple[Phase, int]]()
+    streamer.observer = lambda layer, ids: events.append((streamer.phase, len(ids)))
     try:
         tokens = list(noise.reply(prompt, constraint, chunk=chunk))
     finally:
-        streamer.watch = None
-    counts = {"prompt": 0, "reply": 0, "grammar": 0}
-    for occasion, count in seen[:: noise.model.plan.layers]:
-        counts[occasion] += count
+        streamer.observer = None
+    counts: dict[Phase, int] = {"prompt": 0, "reply": 0, "grammar": 0}
+    for phase, count in events[:: noise.model.plan.layers]:
+        counts[phase] += count
     assert counts["prompt"] == len(prompt)
-    # The ninth thought opens what is forced, and goes through the model with it.
+    # The ninth token of the thought goes through the model with the forced tokens after it.
     assert counts["reply"] == 8
     assert 0 < counts["grammar"] < len(tokens) - 8
-    order = [occasion for occasion, _ in seen]
+    order = [phase for phase, _ in events]
     assert order == sorted(order, key=list(counts).index)
 
 
 def test_a_turn_that_ends_in_its_thought_answers_all_the_same(noise: Noise) -> None:
     prompt = noise.prompt(thinking=True)
     free = list(noise.reply(prompt, None, max_tokens=4))
-    # What the model says fourth, made the end of a turn.
+    # Make the model's fourth token one that ends a turn.
     stops = frozenset({free[3]})
     assert free[3] not in free[:3]
     tokenizer = replace(noise.tokenizer, stop_tokens=stops)
@@ -356,10 +393,10 @@ def test_a_budget_alone(noise: Noise) -> None:
 
 def test_a_call_at_once_after_the_thought(noise: Noise) -> None:
     prompt = noise.prompt(thinking=True)
-    grammar = Grammar.for_tools(noise.tokenizer, TOOLS, noise.form())
+    grammar = Grammar.for_tools(noise.tokenizer, TOOLS, noise.tool_format())
     constraint = grammar.constraint(prompt, thinking_budget=2, call_at_once=True)
     assert constraint is not None
     end = noise.tokenizer.tokenizer.token_to_id("</tool_call>")
     text = noise.text([*noise.reply(prompt, constraint, stop_tokens=frozenset({end})), end])
     assert text.partition("</think>\n\n")[2].startswith("<tool_call>\n<function=run_sql>\n")
-    assert noise.form().calls(text, TOOLS) is not None
+    assert noise.tool_format().calls(text, TOOLS) is not None

@@ -1,4 +1,4 @@
-"""A few held-out texts and dialogues of every kind, as a folder that `eval` reads."""
+"""A few held-out texts and dialogues of every kind, as a folder that evaluations read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TEXTS = [
 ]
 
 
-def _said(text: str, **more: Any) -> dict[str, Any]:
+def _assistant(text: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **more}
 
 
@@ -45,24 +45,24 @@ def _dialogue(kind: str, ask: str, reply: Any, check: Any, **more: Any) -> dict[
 
 
 DIALOGUES = [
-    _dialogue("sums", "1 + 1?", _said("2"), {"equals": "2"}),
+    _dialogue("sums", "1 + 1?", _assistant("2"), {"equals": "2"}),
     _dialogue(
         "sums",
         "2 + 2?",
-        _said("4", reasoning_content="Two and two."),
+        _assistant("4", reasoning_content="Two and two."),
         {"equals": "4"},
         thinking=True,
     ),
-    _dialogue("talk", "Hello!", _said("Hello to you."), {"contains": ["hello"]}),
-    _dialogue("json", "n is 3", _said('{"n": 3}'), {"json": {"n": 3}, "schema": SCHEMA}),
+    _dialogue("talk", "Hello!", _assistant("Hello to you."), {"contains": ["hello"]}),
+    _dialogue("json", "n is 3", _assistant('{"n": 3}'), {"json": {"n": 3}, "schema": SCHEMA}),
     _dialogue(
         "tools",
         "Weather in Bonn for 2 days?",
-        _said("", tool_calls=[{"type": "function", "function": CALL}]),
+        _assistant("", tool_calls=[{"type": "function", "function": CALL}]),
         {"calls": [CALL]},
         tools=[TOOL],
     ),
-    _dialogue("tools", "Thank you!", _said("At any time."), {"calls": []}, tools=[TOOL]),
+    _dialogue("tools", "Thank you!", _assistant("At any time."), {"calls": []}, tools=[TOOL]),
 ]
 
 

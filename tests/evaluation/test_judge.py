@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash_moe.chat.tokenizer import load_tokenizer
-from flash_moe.chat.tool_calls import ToolFormat, tool_format
-from flash_moe.errors import CheckpointError, OptionError
+from flash_moe.chat.tool_calls import ToolFormat, find_tool_format
+from flash_moe.errors import FlashMoeError, OptionError
 from flash_moe.evaluation.judge import answer, check_check, judge, parse_json
 from tests.evaluation.data import CALL, SCHEMA, TOOL
 from tests.strategies import json_values
@@ -26,11 +26,11 @@ WRITTEN = (
 
 
 @pytest.fixture(scope="module")
-def form(demo_folder: Path) -> ToolFormat:
-    found = tool_format(demo_folder, load_tokenizer(demo_folder))
-    assert found is not None
-    assert found.name == "qwen3_coder"
-    return found
+def tool_format(demo_folder: Path) -> ToolFormat:
+    tool_format = find_tool_format(demo_folder, load_tokenizer(demo_folder))
+    assert tool_format is not None
+    assert tool_format.name == "qwen3_coder"
+    return tool_format
 
 
 @pytest.mark.parametrize(
@@ -83,12 +83,12 @@ def test_json(text: str, verdict: tuple[bool, bool, bool]) -> None:
     ],
 )
 def test_calls(
-    text: str, expected: list[Any], verdict: tuple[bool, bool, bool], form: ToolFormat
+    text: str, expected: list[Any], verdict: tuple[bool, bool, bool], tool_format: ToolFormat
 ) -> None:
-    assert tuple(judge(text, {"calls": expected}, [TOOL], form).values()) == verdict
+    assert tuple(judge(text, {"calls": expected}, [TOOL], tool_format).values()) == verdict
 
 
-def test_calls_of_a_model_that_knows_no_tools() -> None:
+def test_calls_of_a_model_without_a_tool_format() -> None:
     assert not any(judge(WRITTEN, {"calls": [CALL]}, [TOOL], None).values())
 
 
@@ -100,22 +100,22 @@ places = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max
 @given(st.lists(st.tuples(places, st.integers(-9, 99)), min_size=1, max_size=3))
 @settings(max_examples=40, deadline=None)
 def test_what_the_template_writes_is_right(
-    demo_folder: Path, form: ToolFormat, wanted: list[tuple[str, int]]
+    demo_folder: Path, tool_format: ToolFormat, stays: list[tuple[str, int]]
 ) -> None:
     template = load_tokenizer(demo_folder).template
     assert template is not None
     calls = [
-        {"name": "weather", "arguments": {"place": place, "days": days}} for place, days in wanted
+        {"name": "weather", "arguments": {"place": place, "days": days}} for place, days in stays
     ]
     reply = {"role": "assistant", "content": "", "tool_calls": [{"function": c} for c in calls]}
     asked = [{"role": "user", "content": "?"}]
     start = template.render(asked, tools=[TOOL], enable_thinking=False)
-    whole = template.render(
+    conversation = template.render(
         [*asked, reply], tools=[TOOL], enable_thinking=False, add_generation_prompt=False
     )
-    text = answer(whole.removeprefix(start), start)
-    # In any order: calls that are made at once have none.
-    assert all(judge(text, {"calls": calls[::-1]}, [TOOL], form).values())
+    text = answer(conversation.removeprefix(start), start)
+    # In any order.
+    assert all(judge(text, {"calls": calls[::-1]}, [TOOL], tool_format).values())
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_what_the_template_writes_is_right(
         ("…", "Four", "Four"),
     ],
 )
-def test_thoughts_are_no_answer(prompt: str, text: str, expected: str) -> None:
+def test_thoughts_are_not_part_of_the_answer(prompt: str, text: str, expected: str) -> None:
     assert answer(text, prompt) == expected
 
 
@@ -146,16 +146,16 @@ def test_thoughts_are_no_answer(prompt: str, text: str, expected: str) -> None:
         {"calls": [{"name": "x"}]},
     ],
 )
-def test_checks_that_cannot_be_used(check: Any) -> None:
+def test_malformed_checks(check: Any) -> None:
     with pytest.raises(OptionError):
         check_check(check)
 
 
 @given(json_values)
-def test_what_json_can_say_is_read(value: Any) -> None:
+def test_every_json_value_is_read(value: Any) -> None:
     try:
         written = json.dumps(value, allow_nan=False)
-    except ValueError:  # Python would write NaN, which JSON does not know
+    except ValueError:  # NaN, which Python writes and JSON does not have
         with pytest.raises(ValueError, match="is not JSON"):
             parse_json(json.dumps(value))
     else:
@@ -171,29 +171,29 @@ pieces = st.sampled_from(
 
 @given(st.lists(pieces | st.text(max_size=3), max_size=12).map("".join))
 @settings(max_examples=300, deadline=None)
-def test_no_reply_is_too_bad_to_be_judged(form: ToolFormat, text: str) -> None:
+def test_every_reply_can_be_judged(tool_format: ToolFormat, text: str) -> None:
     loose: Any = copy.deepcopy(TOOL)
     loose["function"]["parameters"]["properties"]["other"] = {"type": "any"}
     for check in (CHECK, {"calls": [CALL]}, {"equals": "x"}):
-        judge(answer(text, ""), check, [loose], form)
+        judge(answer(text, ""), check, [loose], tool_format)
 
 
-def test_calls_with_what_is_no_json(form: ToolFormat) -> None:
+def test_arguments_that_are_not_json(tool_format: ToolFormat) -> None:
     tool = {"function": {"name": "f", "parameters": {"properties": {"x": {"type": "any"}}}}}
     for value in ("{1, 2}", "{(1,): 2, 'x': 3}", "b'x'"):
         written = f"<tool_call><function=f><parameter=x>{value}</parameter></function></tool_call>"
-        assert form.calls(written, [tool]) is None, value
+        assert tool_format.calls(written, [tool]) is None, value
 
 
 def test_a_format_that_mlx_lm_does_not_have(demo_folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(demo_folder)
-    for name, message in (("no_such_one", "llm install -U mlx-lm"), ("a.b", "which is no name")):
+    for name, message in (("no_such_one", "no parser 'no_such_one'"), ("a.b", "is not a name")):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tool_parser_type": name}))
-        with pytest.raises(CheckpointError, match=message):
-            tool_format(tmp_path, tokenizer)
+        with pytest.raises(FlashMoeError, match=message):
+            find_tool_format(tmp_path, tokenizer)
     (tmp_path / "tokenizer_config.json").write_text('{"tool_parser_type": "json_tools"}')
-    found = tool_format(tmp_path, tokenizer)
-    assert found is not None
+    tool_format = find_tool_format(tmp_path, tokenizer)
+    assert tool_format is not None
     written = f"<tool_call>{json.dumps(CALL)}</tool_call>"
-    assert found.calls(written, [TOOL]) == [CALL]
-    assert found.calls("<tool_call>[1]</tool_call>", [TOOL]) is None
+    assert tool_format.calls(written, [TOOL]) == [CALL]
+    assert tool_format.calls("<tool_call>[1]</tool_call>", [TOOL]) is None

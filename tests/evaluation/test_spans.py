@@ -9,21 +9,20 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_moe.chat.tool_calls import ToolFormat, tool_format
-from flash_moe.engine import Engine
+from flash_moe.chat.tokenizer import load_tokenizer
+from flash_moe.chat.tool_calls import ToolFormat, find_tool_format
 from flash_moe.evaluation.held_out import read_held_out
-from flash_moe.evaluation.replies import expected
+from flash_moe.evaluation.replies import right_reply
 from flash_moe.evaluation.spans import inside, marks_of_reply, marks_of_text
-from flash_moe.model.load import Settings
 from tests.evaluation.data import write_data
 
 TAGS = ToolFormat("qwen3_coder", "<tool_call>", "</tool_call>", lambda text, tools: None)
 CALL = "<tool_call>\n<function=f>\n<parameter=x>\na < b, c\n</parameter>\n</function>\n</tool_call>"
 
 
-def marked(text: str, span: str, section: str, form: ToolFormat | None = None) -> str:
-    """`text` with a # where a character, a token each, is inside of a span."""
-    marks = marks_of_reply(text, [(at, at + 1) for at in range(len(text))], section, form)
+def marked(text: str, span: str, section: str, tool_format: ToolFormat | None = None) -> str:
+    """`text` with a # for every character inside of a span; each is a token of its own."""
+    marks = marks_of_reply(text, [(at, at + 1) for at in range(len(text))], section, tool_format)
     assert inside(marks, "replies").all()
     assert not inside(marks, "texts").any()
     return "".join("#" if yes else "~" for yes in inside(marks, span))
@@ -36,34 +35,32 @@ def test_calls_begin_and_end_with_their_format() -> None:
     assert marked(text, "calls", "tools", TAGS) == calls
     assert marked(text, "calls", "tools") == "~" * len(text)
     assert marked(text, "json", "tools", TAGS) == "~" * len(text)
-    # A call that is not finished is one to the end; a thought of one is none.
+    # An unfinished call extends to the end; one inside of a thought does not count.
     assert marked(CALL[:30], "calls", "tools", TAGS) == "#" * 30
     assert "#" not in marked(f"{CALL}</think>Yes.", "calls", "tools", TAGS)
 
 
 def test_the_structure_of_calls() -> None:
-    found = marked(CALL, "structural", "tools", TAGS)
-    signs = {at for at, mark in enumerate(found) if mark == "#"}
-    chosen = "".join(sign for at, sign in enumerate(CALL) if at not in signs)
-    assert chosen == "fxa < b c"
+    marks = marked(CALL, "structural", "tools", TAGS)
+    free = "".join(sign for sign, mark in zip(CALL, marks, strict=True) if mark == "~")
+    assert free == "fxa < b c"
 
 
 def test_the_structure_of_calls_without_tags() -> None:
     other = ToolFormat("mistral", "[TOOL_CALLS]", "", lambda text, tools: None)
     text = 'Well: [TOOL_CALLS]f{"x": 1}'
-    found = marked(text, "structural", "tools", other)
-    chosen = "".join(sign for sign, mark in zip(text, found, strict=True) if mark == "~")
-    assert chosen == "Well: fx 1"
+    marks = marked(text, "structural", "tools", other)
+    free = "".join(sign for sign, mark in zip(text, marks, strict=True) if mark == "~")
+    assert free == "Well: fx 1"
 
 
 def test_json_is_the_answer_alone() -> None:
     text = '{"a"</think>\n\n{"n": [1, 2]}<|im_end|>'
     thought = text.index("</think>") + len("</think>")
-    found = marked(text, "json", "json")
-    assert found == "~" * thought + "#" * (len(text) - thought)
+    assert marked(text, "json", "json") == "~" * thought + "#" * (len(text) - thought)
     structure = marked(text, "structural", "json")
-    chosen = "".join(sign for sign, mark in zip(text, structure, strict=True) if mark == "~")
-    assert chosen == '{"a"</think>n 1 2<|im_end|>'
+    free = "".join(sign for sign, mark in zip(text, structure, strict=True) if mark == "~")
+    assert free == '{"a"</think>n 1 2<|im_end|>'
     assert "#" not in marked(text, "structural", "questions")
 
 
@@ -72,27 +69,25 @@ def test_a_token_is_structural_if_a_character_of_it_is(text: str, data: st.DataO
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))) | {0, len(text)})
     offsets = list(itertools.pairwise(cuts))
     marks = marks_of_reply(text, offsets, "json", None)
-    wanted = [any(sign in '"{:,\n' for sign in text[a:b]) for a, b in offsets]
-    assert inside(marks, "structural").tolist() == wanted
+    structural = [any(sign in '"{:,\n' for sign in text[a:b]) for a, b in offsets]
+    assert inside(marks, "structural").tolist() == structural
 
 
-def test_of_the_models_own_tokens(demo_folder: Path, tmp_path: Path) -> None:
-    engine = Engine.load(demo_folder, Settings(), prefix=None)
-    form = tool_format(demo_folder, engine.tokenizer)
-    joined: dict[str, list[str]] = {"json": [], "calls": []}
+def test_spans_in_the_tokens_of_a_model(demo_folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(demo_folder)
+    tool_format = find_tool_format(demo_folder, tokenizer)
+    texts: dict[str, list[str]] = {"json": [], "calls": []}
     for dialogue in read_held_out(write_data(tmp_path / "data"), ["json", "tools"]).dialogues:
-        right = expected(engine, dialogue)
+        right = right_reply(tokenizer, dialogue)
         assert len(right.offsets) == len(right.reply)
-        marks = marks_of_reply(right.text, right.offsets, dialogue.section, form)
-        for span, found in joined.items():
+        marks = marks_of_reply(right.text, right.offsets, dialogue.section, tool_format)
+        for span, parts in texts.items():
             ids = [t for t, yes in zip(right.reply, inside(marks, span), strict=True) if yes]
-            decode = engine.tokenizer.tokenizer.decode
-            found.append(decode(ids, skip_special_tokens=False))
-    engine.close()
-    assert joined["json"] == ['{"n": 3}<|im_end|>', "", ""]
-    assert joined["calls"][1].startswith("<tool_call>\n<function=weather>")
-    assert joined["calls"][1].endswith("</function>\n</tool_call>")
-    assert (joined["calls"][0], joined["calls"][2]) == ("", "")
+            parts.append(tokenizer.tokenizer.decode(ids, skip_special_tokens=False))
+    assert texts["json"] == ['{"n": 3}<|im_end|>', "", ""]
+    assert texts["calls"][1].startswith("<tool_call>\n<function=weather>")
+    assert texts["calls"][1].endswith("</function>\n</tool_call>")
+    assert (texts["calls"][0], texts["calls"][2]) == ("", "")
 
 
 def test_texts() -> None:

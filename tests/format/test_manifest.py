@@ -1,4 +1,4 @@
-"""A manifest is proven before it is used, and a pack is never more than what it lists."""
+"""A manifest is proven before it is used, and a pack holds exactly the files that it lists."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flash_moe.checkpoint.folder import open_folder
 from flash_moe.errors import CheckpointError, FlashMoeError
 from flash_moe.format.manifest import MANIFEST, Manifest, read_manifest, verify
 from flash_moe.model.load import load
-from flash_moe.pack.job import plan_pack
+from flash_moe.pack.job import PackJob
 from tests.strategies import TINY, edited, tiny_checkpoint
 
 
@@ -26,7 +26,7 @@ from tests.strategies import TINY, edited, tiny_checkpoint
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pack that no test changes."""
     folder = tmp_path_factory.mktemp("manifest")
-    plan_pack(open_folder(tiny_checkpoint(folder / "source")), folder / "pack").write()
+    PackJob.plan(tiny_checkpoint(folder / "source"), folder / "pack").write()
     return folder / "pack"
 
 
@@ -46,7 +46,7 @@ def scratch(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reread(scratch: Path, content: bytes) -> Manifest | None:
-    """What is read of a manifest: a sound one, or nothing."""
+    """The manifest of these bytes if it is sound, or None."""
     (scratch / MANIFEST).write_bytes(content)
     try:
         manifest = read_manifest(scratch)
@@ -58,7 +58,7 @@ def reread(scratch: Path, content: bytes) -> Manifest | None:
 
 
 def assert_consistent(folder: Path, manifest: Manifest) -> None:
-    """What the code behind `read_manifest` relies on."""
+    """The facts that users of `read_manifest` rely on."""
     for name, entry in manifest.files.items():
         assert (folder / name).resolve().parent == folder.resolve()
         assert (folder / name).stat().st_size == entry.size
@@ -72,7 +72,7 @@ def assert_consistent(folder: Path, manifest: Manifest) -> None:
     assert manifest.experts_per_token is None or manifest.experts_per_token > 0
 
 
-def test_it_says_again_what_it_read(pack: Path) -> None:
+def test_round_trip(pack: Path) -> None:
     manifest = read_manifest(pack)
     written = json.loads((pack / MANIFEST).read_bytes())
     assert json.loads(json.dumps(manifest.to_json())) == written
@@ -152,7 +152,7 @@ def test_refused_under_python_o(pack: Path, scratch: Path) -> None:
     """Checks of files must not be `assert`s, which `python -O` leaves out."""
     content = change(pack, lambda m: m["layouts"][0]["parts"][0].update(offset=64))
     (scratch / MANIFEST).write_bytes(content)
-    script = "import sys; from pathlib import Path; from flash_moe.checkpoint import manifest\n"
+    script = "import sys; from pathlib import Path; from flash_moe.format import manifest\n"
     script += "manifest.read_manifest(Path(sys.argv[1]))"
     done = subprocess.run(
         [sys.executable, "-O", "-c", script, scratch],
@@ -193,8 +193,8 @@ def test_a_file_of_another_size(copy: Path, by: int) -> None:
         (copy / name).write_bytes(content + b" " if by > 0 else content[:by])
         with pytest.raises(CheckpointError):
             open_folder(copy)
-        wrong = f"{name} has {len(content) + by} bytes, not {len(content)}"
-        with pytest.raises(CheckpointError, match=wrong):
+        complaint = f"{name} has {len(content) + by} bytes, not {len(content)}"
+        with pytest.raises(CheckpointError, match=complaint):
             read_manifest(copy)
         (copy / name).write_bytes(content)
     read_manifest(copy)
@@ -211,11 +211,11 @@ def test_any_file_missing(copy: Path) -> None:
     load(copy).close()
 
 
-def test_verify_finds_nothing_in_a_sound_pack(pack: Path) -> None:
-    read: list[int] = []
+def test_verify_has_no_complaint_about_a_sound_pack(pack: Path) -> None:
+    steps: list[int] = []
     manifest = read_manifest(pack)
-    assert verify(pack, manifest, read.append) == []
-    assert sum(read) == sum(entry.size for entry in manifest.files.values())
+    assert verify(pack, manifest, steps.append) == []
+    assert sum(steps) == sum(entry.size for entry in manifest.files.values())
 
 
 @given(st.data())

@@ -1,4 +1,4 @@
-"""Records in two planes: how they lie, what a manifest may say of them, what is read of them."""
+"""Records in two planes: their layout, what a manifest may claim about it, and what is read."""
 
 from __future__ import annotations
 
@@ -10,35 +10,38 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flash_moe.checkpoint.locations import packed_layer
 from flash_moe.errors import CheckpointError
 from flash_moe.format.layout import (
-    CODES,
+    AFFINE,
     RECORD_ALIGNMENT,
-    RESTS,
+    SECOND_PLANE,
     Layout,
     Quantization,
-    joined,
+    in_one_plane,
     layout_from_json,
     make_layout,
 )
-from flash_moe.pack.split_planes import make_planes
-from flash_moe.stream.store import ExpertStore, packed_layer
-from tests.strategies import edited, plane_layouts
+from flash_moe.pack.two_planes import TwoPlanes
+from flash_moe.stream.store import ExpertStore
+from tests.strategies import edited, in_two_planes, layouts_of_4_bits, plane_layouts
 
 
 def assert_planes(layout: Layout) -> None:
     """What computing from planes relies on: both are there, alike, and the second begins a page."""
     parts = {part.name: part for part in layout.parts}
-    assert layout.planes == any(part.param in RESTS for part in layout.parts)
-    assert layout.first_bytes % RECORD_ALIGNMENT == 0
-    if not layout.planes:
-        assert layout.first_bytes == layout.stride
+    assert layout.two_planes == any(part.param in SECOND_PLANE for part in layout.parts)
+    assert layout.first_plane_bytes % RECORD_ALIGNMENT == 0
+    if not layout.two_planes:
+        assert layout.first_plane_bytes == layout.stride
         return
     for name, packing in layout.quantization:
-        first, rest = ([parts[f"{name}.{q}"] for q in params] for params in (CODES, RESTS))
-        assert [(p.dtype, p.shape) for p in first] == [(p.dtype, p.shape) for p in rest]
-        assert all(p.offset + p.nbytes <= layout.first_bytes for p in first)
-        assert all(p.offset >= layout.first_bytes for p in rest)
+        first, second = ([parts[f"{name}.{q}"] for q in p] for p in (AFFINE, SECOND_PLANE))
+        assert [(p.dtype, p.shape) for p in first] == [(p.dtype, p.shape) for p in second]
+        assert all(p.offset + p.nbytes <= layout.first_plane_bytes for p in first)
+        assert all(p.offset >= layout.first_plane_bytes for p in second)
+        assert not any(p.in_second_plane for p in first)
+        assert all(p.in_second_plane for p in second)
         assert packing is not None
         assert (packing.bits, packing.mode) == (4, "affine")
         rows, groups = first[1].shape
@@ -48,34 +51,40 @@ def assert_planes(layout: Layout) -> None:
         )
 
 
-@given(plane_layouts())
+@given(layouts_of_4_bits())
 @settings(max_examples=100, deadline=None)
-def test_planes_come_apart_and_together(layout: Layout) -> None:
+def test_planes_come_apart_and_together(source: Layout) -> None:
+    layout = in_two_planes(source)
     assert_planes(layout)
-    source = joined(layout)
-    assert not source.planes
-    assert make_planes().layout(source, "switch") == layout
+    assert_planes(source)
+    assert in_one_plane(layout) == in_one_plane(source) == source
     weights = {p.name: p.nbytes for p in layout.parts if p.param in ("weight", "rest")}
     assert sum(weights.values()) == sum(p.nbytes for p in source.parts if p.param == "weight")
 
 
-@given(plane_layouts(), st.data())
+@given(layouts_of_4_bits())
+@settings(max_examples=100, deadline=None)
+def test_packs_are_laid_out_so(source: Layout) -> None:
+    assert TwoPlanes().layout(source, "switch") == in_two_planes(source)
+
+
+@given(plane_layouts, st.data())
 @settings(max_examples=300, deadline=None)
 def test_an_edited_layout_is_refused_or_one_of_ours(layout: Layout, data: st.DataObject) -> None:
     assert layout_from_json(json.loads(json.dumps(layout.to_json()))) == layout
     try:
-        found = layout_from_json(data.draw(edited(layout.to_json())))
+        parsed = layout_from_json(data.draw(edited(layout.to_json())))
     except CheckpointError:
         return
-    arrays = [(part.projection, part.param, part.dtype, part.shape) for part in found.parts]
-    assert found == make_layout(arrays, found.quantization)
-    assert_planes(found)
+    arrays = [(part.projection, part.param, part.dtype, part.shape) for part in parsed.parts]
+    assert parsed == make_layout(arrays, parsed.quantization)
+    assert_planes(parsed)
 
 
-@given(plane_layouts(), st.data())
+@given(plane_layouts, st.data())
 @settings(max_examples=200, deadline=None)
 def test_half_a_plane_is_refused(layout: Layout, data: st.DataObject) -> None:
-    """A part left out, or in another place; of another shape or type; or codes of other bits."""
+    """A part is missing or out of place, has another shape or type, or codes have other bits."""
     arrays = [(part.projection, part.param, part.dtype, part.shape) for part in layout.parts]
     packing = list(layout.quantization)
     matrix = [i for i, a in enumerate(arrays) if a[1] != "bias"]
@@ -92,10 +101,10 @@ def test_half_a_plane_is_refused(layout: Layout, data: st.DataObject) -> None:
         case "type":
             arrays[at] = name, param, "uint16", shape
         case "types":
-            both = dict(zip((*CODES, *RESTS), (*RESTS, *CODES), strict=True))[param]
-            for i, (other, its, _, size) in enumerate(arrays):
-                if other == name and its in (param, both):
-                    arrays[i] = other, its, "uint16", size
+            twin = dict(zip((*AFFINE, *SECOND_PLANE), (*SECOND_PLANE, *AFFINE), strict=True))[param]
+            for i, (projection, kind, _, size) in enumerate(arrays):
+                if projection == name and kind in (param, twin):
+                    arrays[i] = projection, kind, "uint16", size
         case "place":
             arrays.insert(0, arrays.pop())
         case change:
@@ -118,12 +127,12 @@ def test_a_first_plane_is_one_aligned_segment(tmp_path: Path) -> None:
             ("biases", ("float32", (rows, words // 8))),
         )
     ]
-    layout = make_planes().layout(make_layout(arrays, packing), "mlp")
-    assert 0 < layout.first_bytes < layout.stride
+    layout = in_two_planes(make_layout(arrays, packing))
+    assert 0 < layout.first_plane_bytes < layout.stride
     (tmp_path / "experts").write_bytes(b"")
     store = ExpertStore([packed_layer("mlp", 3, layout, tmp_path / "experts")], "direct")
     for expert in range(3):
-        (whole,), (first,) = (store.segments(0, expert, both) for both in (True, False))
-        assert whole[1:] == (expert * layout.stride, layout.stride, 0)
-        assert first[1:] == (expert * layout.stride, layout.first_bytes, 0)
+        (both,), (first,) = (store.segments(0, expert, full) for full in (True, False))
+        assert both[1:] == (expert * layout.stride, layout.stride, 0)
+        assert first[1:] == (expert * layout.stride, layout.first_plane_bytes, 0)
     store.close()

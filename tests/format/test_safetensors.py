@@ -16,33 +16,21 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from flash_moe.arrays import mlx_dtype
 from flash_moe.errors import CheckpointError
+from flash_moe.format.dtypes import BY_NAME, BY_SAFETENSORS
 from flash_moe.format.safetensors import (
-    DTYPE_BITS,
     MAX_HEADER_BYTES,
     Tensor,
+    make_header,
     read_header,
     read_headers,
 )
 from tests.strategies import json_values, safetensors_bytes, tensor_tables
 
-# What mx.load has no type for; the experts that use them are refused later, by mlx-lm.
+# Types that mx.load does not know; experts that use them are refused later, by mlx-lm.
 NOT_IN_MLX = {"F8_E5M2", "F64"}
-MLX_DTYPES = [
-    "bool_",
-    "uint8",
-    "int8",
-    "uint16",
-    "int16",
-    "float16",
-    "bfloat16",
-    "uint32",
-    "int32",
-    "float32",
-    "uint64",
-    "int64",
-    "complex64",
-]
+MLX_DTYPES = sorted(BY_NAME.keys() - {"float64"})
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +42,14 @@ def file() -> Iterator[Path]:
 def laid_out(table: dict[str, tuple[str, list[int]]]) -> tuple[dict[str, Any], int]:
     header, at = {}, 0
     for name, (dtype, shape) in table.items():
-        end = at + prod(shape) * DTYPE_BITS[dtype] // 8
+        end = at + prod(shape) * BY_SAFETENSORS[dtype].nbytes
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
         at = end
     return header, at
 
 
 def accepted(file: Path, content: bytes) -> dict[str, Tensor] | None:
-    """What `read_header` says of a file; if it is content, the tensors must tile the file."""
+    """The tensors of a file, which must then tile it, or None if `read_header` refuses it."""
     file.write_bytes(content)
     try:
         tensors = read_header(file)
@@ -70,7 +58,7 @@ def accepted(file: Path, content: bytes) -> dict[str, Tensor] | None:
     at = 8 + int.from_bytes(content[:8], "little")
     for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         assert tensor.offset == at
-        assert prod(tensor.shape) * DTYPE_BITS[tensor.dtype] == tensor.nbytes * 8
+        assert prod(tensor.shape) * BY_SAFETENSORS[tensor.dtype].bits == tensor.nbytes * 8
         at += tensor.nbytes
     assert at == len(content)
     return tensors
@@ -78,7 +66,7 @@ def accepted(file: Path, content: bytes) -> dict[str, Tensor] | None:
 
 @given(tensor_tables(), st.booleans(), st.integers(0, 9))
 @settings(max_examples=150, deadline=None)
-def test_own_writer_round_trips(
+def test_sound_files_are_accepted(
     file: Path, table: dict[str, tuple[str, list[int]]], described: bool, padding: int
 ) -> None:
     header, size = laid_out(table)
@@ -88,6 +76,23 @@ def test_own_writer_round_trips(
     tensors = accepted(file, safetensors_bytes(raw, bytes(size)))
     assert tensors is not None
     assert {t.name: (t.dtype, list(t.shape)) for t in tensors.values()} == table
+
+
+@given(tensor_tables(), st.none() | st.dictionaries(st.text(), st.text()), st.integers(1, 64))
+@settings(max_examples=150, deadline=None)
+def test_own_writer_round_trips(
+    file: Path,
+    table: dict[str, tuple[str, list[int]]],
+    metadata: dict[str, str] | None,
+    alignment: int,
+) -> None:
+    sizes = {n: prod(shape) * BY_SAFETENSORS[dtype].nbytes for n, (dtype, shape) in table.items()}
+    tensors = [(name, dtype, tuple(shape), sizes[name]) for name, (dtype, shape) in table.items()]
+    head = make_header(tensors, metadata, alignment)
+    assert (len(head) - 8) % alignment == 0
+    read = accepted(file, head + bytes(sum(sizes.values())))
+    assert read is not None
+    assert [(t.name, t.dtype, t.shape, t.nbytes) for t in read.values()] == tensors
 
 
 @given(
@@ -105,7 +110,7 @@ def test_mlx_writer_round_trips_to_the_byte(
     arrays = {}
     for number, (name, (dtype, shape)) in enumerate(table.items(), 1):
         values = mx.arange(prod(shape)).reshape(shape) + number
-        arrays[name] = values.astype(getattr(mx, dtype))
+        arrays[name] = values.astype(mlx_dtype(dtype))
     mx.save_safetensors(str(file), arrays)
     content = file.read_bytes()
     tensors = accepted(file, content)
@@ -175,7 +180,7 @@ def test_odd_entries(file: Path, entries: list[tuple[Any, Any, Any]], size: int)
 
 
 def _mlx_agrees(file: Path, tensors: dict[str, Tensor]) -> None:
-    """What passed here must be safe to give to MLX, and mean the same to it."""
+    """A header that we accept must be safe to give to MLX, and mean the same to it."""
     if any(tensor.dtype in NOT_IN_MLX for tensor in tensors.values()):
         return
     loaded = mx.load(str(file))
@@ -204,7 +209,7 @@ def test_flipped_bits_of_a_header(file: Path, bits: set[int]) -> None:
         _mlx_agrees(file, tensors)
 
 
-def test_the_file_that_is_broken_below_is_sound(file: Path) -> None:
+def test_the_file_that_other_tests_break_is_sound(file: Path) -> None:
     tensors = accepted(file, SOUND)
     assert tensors is not None
     assert tensors.keys() == SOUND_HEADER.keys()
@@ -235,7 +240,7 @@ def test_a_claimed_tensor_allocates_nothing(file: Path) -> None:
 
 
 def test_a_header_over_the_cap_is_not_read(file: Path) -> None:
-    # A sparse file large enough for its claim: only the cap stands against reading it.
+    # A sparse file, large enough for its claim: only the cap keeps it from being read.
     with file.open("wb") as out:
         out.write((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
         out.truncate(MAX_HEADER_BYTES + 100)
@@ -243,7 +248,7 @@ def test_a_header_over_the_cap_is_not_read(file: Path) -> None:
 
 
 def _peak(file: Path) -> int:
-    """The most memory that refusing a file takes."""
+    """Peak memory while a file is refused."""
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError):

@@ -1,5 +1,5 @@
-"""Make the golden conversations: 30 of the built-in model's held-out ones as transformers renders
-them, with and without the reply.
+"""Make the golden conversations: 30 held-out ones of the built-in model, rendered by transformers
+with and without the reply.
 
 Run once, by hand: python tests/golden/make_conversations.py
 It writes conversations.json beside itself.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from flash_moe.built_in import FOLDER, HELD_OUT
+from flash_moe.built_in import BUILT_IN, HELD_OUT, NAME
 
 TARGET = Path(__file__).with_name("conversations.json")
 
@@ -22,14 +22,14 @@ def main() -> None:
     lines = (HELD_OUT / "dialogues.jsonl").read_text("utf-8").splitlines()
     kinds = groupby(map(json.loads, lines), key=lambda dialogue: dialogue["kind"])
     # The longest of each kind: several turns, tools with their results, instructions.
-    picked = [
+    longest = [
         dialogue
         for _, dialogues in kinds
         for dialogue in sorted(dialogues, key=lambda d: -len(d["messages"]))[:4]
     ][-30:]
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(BUILT_IN[NAME])
     golden = []
-    for number, dialogue in enumerate(picked):
+    for number, dialogue in enumerate(longest):
         finished = number % 3 == 0
         messages = dialogue["messages"] + ([dialogue["reply"]] if finished else [])
         variables = {"tools": dialogue["tools"] or None, "enable_thinking": dialogue["thinking"]}

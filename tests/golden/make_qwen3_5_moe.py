@@ -59,7 +59,7 @@ CONFIG = {
 
 
 def draw(name: str, like: torch.Tensor) -> torch.Tensor:
-    """Every parameter random, norms and decays near where training leaves them."""
+    """Random parameters, norms and decays near where training leaves them."""
     noise = torch.randn(like.shape)
     if name.endswith("A_log"):
         return torch.log(1 + 7 * torch.rand(like.shape))

@@ -1,5 +1,4 @@
-"""Calls of tools, character by character: what a grammar lets through, and what the parser makes
-of it."""
+"""Tool calls, character by character: what a grammar allows, and how the parser reads it."""
 
 from __future__ import annotations
 
@@ -11,10 +10,20 @@ from mlx_lm.tool_parsers import glm47, json_tools, qwen3_coder
 
 from flash_moe.chat.tool_calls import ToolFormat
 from flash_moe.chat.tool_parameters import plain_tools
+from flash_moe.decode.constraint import Constraint
 from flash_moe.errors import OptionError
-from flash_moe.grammar.constraints import Constraint
 from flash_moe.grammar.grammar import Grammar
-from tests.grammar.test_grammar import CLOSES, OPENS, STOPS, TOKENIZER, allowed, ids, prompt, say
+from tests.grammar.stepping import (
+    CLOSES,
+    OPENS,
+    STOPS,
+    TOKENIZER,
+    accept,
+    allowed,
+    ids,
+    prompt,
+    takes,
+)
 
 
 def format_of(name: str, module: Any) -> ToolFormat:
@@ -27,25 +36,18 @@ JSON = format_of("json_tools", json_tools)
 
 
 def tool(name: str, properties: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """As llm and OpenAI's interface write them; `required` and the like in `more`."""
+    """In the form of llm and of OpenAI's interface; `more` has keywords such as `required`."""
     parameters = {"type": "object", "properties": properties or {}, **more}
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-def held(declared: list[dict[str, Any]], form: ToolFormat = TAGS, **options: Any) -> Constraint:
-    found = Grammar.for_tools(TOKENIZER, declared, form).constraint(prompt(), **options)
-    assert found is not None
-    return found
-
-
-def takes(declared: list[dict[str, Any]], text: str, form: ToolFormat = TAGS) -> bool:
-    constraint = held(declared, form)
-    for token in ids(text):
-        mask = constraint.mask()
-        if mask is not None and not (token < len(mask) and mask[token]):
-            return False
-        constraint.accept(token)
-    return constraint.complete
+def tool_constraint(
+    declared: list[dict[str, Any]], tool_format: ToolFormat = TAGS, **options: Any
+) -> Constraint:
+    grammar = Grammar.for_tools(TOKENIZER, declared, tool_format)
+    constraint = grammar.constraint(prompt(), **options)
+    assert constraint is not None
+    return constraint
 
 
 def call(name: str, **arguments: str) -> str:
@@ -90,7 +92,7 @@ NOW = tool("now")
     ],
 )
 def test_calls_in_tags(text: str, expected: bool) -> None:
-    assert takes([WEATHER, NOW], text) is expected
+    assert takes(tool_constraint([WEATHER, NOW]), text) is expected
     if expected and "<tool_call>" in text:
         assert TAGS.calls(text, [WEATHER, NOW]) is not None
 
@@ -108,7 +110,7 @@ def test_calls_in_tags(text: str, expected: bool) -> None:
 )
 def test_calls_in_json(text: str, expected: bool) -> None:
     whole = f"So: <tool_call>{text}</tool_call>"
-    assert takes([WEATHER, NOW], whole, JSON) is expected
+    assert takes(tool_constraint([WEATHER, NOW], JSON), whole) is expected
     if expected:
         assert JSON.calls(whole, [WEATHER, NOW]) is not None
 
@@ -144,12 +146,12 @@ SIDE = {"type": "object", "properties": {"width": {"type": "number"}}, "required
     ],
 )
 def test_values_come_back_as_declared(schema: dict[str, Any], text: str, value: Any) -> None:
-    """With types that the parser alone takes for text, or for something else."""
+    """With types that the parser would take for something else by itself."""
     definitions = {"side": SIDE, "unit": {"type": "string", "enum": ["C", "F"]}}
     declared = [tool("f", {"x": schema}, required=["x"], **{"$defs": definitions})]
-    said = call("f", x=text)
-    assert takes(declared, said)
-    assert TAGS.calls(said, declared) == [{"name": "f", "arguments": {"x": value}}]
+    written = call("f", x=text)
+    assert takes(tool_constraint(declared), written)
+    assert TAGS.calls(written, declared) == [{"name": "f", "arguments": {"x": value}}]
 
 
 @pytest.mark.parametrize(
@@ -168,22 +170,22 @@ def test_values_come_back_as_declared(schema: dict[str, Any], text: str, value: 
 )
 def test_bare_text(schema: dict[str, Any], yes: str, no: str) -> None:
     declared = [tool("f", {"x": {"type": "string", **schema}})]
-    assert takes(declared, call("f", x=yes))
-    assert not takes(declared, call("f", x=no))
+    assert takes(tool_constraint(declared), call("f", x=yes))
+    assert not takes(tool_constraint(declared), call("f", x=no))
 
 
 def test_names_that_begin_alike() -> None:
     declared = [tool("get"), tool("get_all", {"a": {}, "a b-c".replace(" ", "_"): {}})]
-    assert takes(declared, call("get"))
-    assert takes(declared, call("get_all", a="1"))
-    assert not takes(declared, call("get_"))
+    assert takes(tool_constraint(declared), call("get"))
+    assert takes(tool_constraint(declared), call("get_all", a="1"))
+    assert not takes(tool_constraint(declared), call("get_"))
 
 
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        ([], "no tools"),
-        ([{"type": "function", "function": {"parameters": {}}}], "without a name"),
+        ([], "tools is empty"),
+        ([{"type": "function", "function": {"parameters": {}}}], "has no name"),
         ([tool("two words")], "'two words'"),
         ([tool("f", {"a>b": {"type": "string"}})], "'a>b'"),
         ([tool("f", required=["x"])], "requires 'x'"),
@@ -199,72 +201,77 @@ def test_tools_that_cannot_be_called(declared: list[dict[str, Any]], message: st
     assert message in str(caught.value)
 
 
-def test_formats_without_a_grammar_are_left_alone_and_say_so() -> None:
+def test_formats_without_a_grammar_constrain_nothing() -> None:
     unknown = format_of("glm47", glm47)
     elsewhere = ToolFormat("qwen3_coder", "<no token>", "</tool_call>", TAGS.parse)
-    for form in (unknown, elsewhere, None):
-        grammar = Grammar.for_tools(TOKENIZER, [NOW], form)
+    for tool_format in (unknown, elsewhere, None):
+        grammar = Grammar.for_tools(TOKENIZER, [NOW], tool_format)
         assert not grammar.constrains
         assert grammar.constraint(prompt()) is None
     assert Grammar.for_tools(TOKENIZER, [NOW], TAGS).constrains
 
 
-def test_nothing_is_masked_outside_of_calls() -> None:
-    constraint = held([NOW])
+def test_nothing_is_masked_outside_calls() -> None:
+    constraint = tool_constraint([NOW])
     for _ in range(2):
         assert (constraint.mask(), constraint.forced(), constraint.complete) == (None, [], True)
-        say(constraint, [*ids("Well."), START])
+        accept(constraint, [*ids("Well."), START])
         assert not constraint.complete
         # One tool without parameters leaves nothing to choose.
         while tokens := constraint.forced():
-            say(constraint, tokens)
+            accept(constraint, tokens)
     assert not constraint.finished
-    say(constraint, [min(STOPS)])
+    accept(constraint, [min(STOPS)])
 
 
 def test_a_call_in_a_thought_is_a_thought() -> None:
-    found = Grammar.for_tools(TOKENIZER, [NOW], TAGS).constraint(prompt(thinking=True))
-    assert found is not None
-    say(found, [START, *ids("anything")])
-    assert found.mask() is None
-    say(found, [CLOSES, START])
-    assert allowed(found) == ids("\n")
+    constraint = Grammar.for_tools(TOKENIZER, [NOW], TAGS).constraint(prompt(thinking=True))
+    assert constraint is not None
+    accept(constraint, [START, *ids("anything")])
+    assert constraint.mask() is None
+    accept(constraint, [CLOSES, START])
+    assert allowed(constraint) == ids("\n")
 
 
 def test_a_model_may_think_again_before_it_calls() -> None:
-    constraint = held([NOW], thinking_budget=2)
-    say(constraint, [OPENS, *ids("a"), *ids("b")])
+    constraint = tool_constraint([NOW], thinking_budget=2)
+    accept(constraint, [OPENS, *ids("a"), *ids("b")])
     assert constraint.forced() == ids("\n</think>\n\n")
 
 
-def test_calling_at_once() -> None:
-    constraint = held([NOW], call_at_once=True)
+def test_a_call_at_once() -> None:
+    constraint = tool_constraint([NOW], call_at_once=True)
     assert not constraint.complete
     assert constraint.forced() == [START]
-    said: list[int] = []
+    written: list[int] = []
     while tokens := constraint.forced():
-        said += tokens
-        say(constraint, tokens)
-    assert said[-1] == END
-    assert TAGS.calls(TOKENIZER.tokenizer.decode(said), [NOW]) == [{"name": "now", "arguments": {}}]
+        written += tokens
+        accept(constraint, tokens)
+    assert written[-1] == END
+    assert TAGS.calls(TOKENIZER.tokenizer.decode(written), [NOW]) == [
+        {"name": "now", "arguments": {}}
+    ]
     assert constraint.complete
 
 
-@pytest.mark.parametrize("form", [TAGS, JSON], ids=["tags", "json"])
-def test_a_forced_token_of_a_call_is_the_only_one_allowed(form: ToolFormat) -> None:
+@pytest.mark.parametrize("tool_format", [TAGS, JSON], ids=["tags", "json"])
+def test_a_forced_token_of_a_call_is_the_only_one_allowed(tool_format: ToolFormat) -> None:
     declared = [WEATHER, NOW, tool("wea", {"on": {"type": "boolean"}, "x": OPTIONAL})]
     for seed in range(12):
-        constraint, random = say(held(declared, form), [START]), np.random.default_rng(seed)
+        constraint, random = (
+            accept(tool_constraint(declared, tool_format), [START]),
+            np.random.default_rng(seed),
+        )
         for _ in range(30):
             for token in constraint.forced():
                 assert allowed(constraint) == [token]
-                say(constraint, [token])
+                accept(constraint, [token])
             if constraint.complete:
                 break
-            say(constraint, [int(random.choice(allowed(constraint)))])
+            accept(constraint, [int(random.choice(allowed(constraint)))])
 
 
-def test_tools_for_the_parsers_eyes_have_plain_types() -> None:
+def test_the_parser_is_shown_plain_types() -> None:
     [shown] = plain_tools([tool("f", {"a": OPTIONAL, "b": {"type": ["string", "null"]}, "c": {}})])
     types = {"a": {"type": "integer"}, "b": {"type": "string"}, "c": {"type": "object"}}
     assert shown["function"]["parameters"]["properties"] == types

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flash_moe.kernels.native import Native, find_compiler, load_native
+from flash_moe.kernels.native import Native, load_native
+from flash_moe.native.build import find_compiler
 
 # -march=native gives the first; the flags take away what the next would use.
 VARIANTS: dict[str, tuple[str, ...]] = {

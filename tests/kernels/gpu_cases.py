@@ -9,8 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from flash_moe.kernels import gpu
-from flash_moe.kernels.gpu import U32
-from flash_moe.kernels.spec import BITS, GROUP_SIZES, SCALE_TYPES, ExpertSpec
+from flash_moe.kernels.spec import BITS, GROUP_SIZES, SCALE_TYPES, U32, ExpertSpec
 from tests.kernels import reference as ref
 from tests.kernels.devices import F64
 from tests.kernels.native_cases import seeds

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from flash_moe.kernels.native import Native, Resident, resident
+from flash_moe.kernels.native import Native
 from flash_moe.kernels.spec import BITS, GROUP_SIZES, SCALE_TYPES, ExpertSpec, Matrix
+from flash_moe.kernels.structs import Resident, resident
 from tests.kernels import reference as ref
 
 seeds = st.integers(0, 2**32 - 1)

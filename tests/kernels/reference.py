@@ -1,4 +1,4 @@
-"""What the expert kernels must compute, in float64 and straight from the bits: no MLX in it.
+"""The expert kernels' results, computed in float64 and straight from the bits, without MLX.
 
 The bounds are derived, not tuned. A sum of n float32 products, in any order, is off by at most
 gamma_n * sum |terms| with gamma_n = n * u / (1 - n * u), u = 2^-24. `Expert` carries that through
@@ -24,7 +24,7 @@ Bytes = npt.NDArray[np.uint8]
 
 UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 SMALLEST = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
-# GPUs may flush what is below the normal numbers, operand or result, to zero.
+# GPUs may flush subnormal numbers to zero, operands and results.
 FLUSH = 2.0**-126
 
 
@@ -93,9 +93,7 @@ def make_spec(
         for part in ("scales", "biases"):
             arrays.append((name, part, scale_type, (rows, columns // group_size)))
     layout = make_layout(arrays, kinds)
-    spec = expert_spec(layout, layout.stride)
-    assert spec is not None
-    return spec
+    return expert_spec(layout, layout.stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +106,11 @@ class Scales:
     zeros: bool = False
 
 
-def random_record(spec: ExpertSpec, rng: np.random.Generator, scales: Scales = Scales()) -> Bytes:
-    """One record of random codes; what lies between and after its parts is noise."""
+ORDINARY = Scales()
+
+
+def random_record(spec: ExpertSpec, rng: np.random.Generator, scales: Scales = ORDINARY) -> Bytes:
+    """One record of random codes, with noise between and after its parts."""
     record = rng.integers(0, 256, spec.stride, np.uint8)
     for matrix in (spec.gate, spec.up, spec.down):
         groups = matrix.columns // matrix.group_size
@@ -211,8 +212,8 @@ def expert(record: Bytes, spec: ExpertSpec, x: F64) -> Bounded:
 
 
 def hidden_state(record: Bytes, spec: ExpertSpec, x: F64) -> Bounded:
-    given = Bounded(x, np.zeros_like(x))
-    return swiglu(product(record, spec.gate, given), product(record, spec.up, given))
+    exact = Bounded(x, np.zeros_like(x))
+    return swiglu(product(record, spec.gate, exact), product(record, spec.up, exact))
 
 
 def mixture(
@@ -220,8 +221,8 @@ def mixture(
 ) -> Bounded:
     """sum over k of weights[t, k] * expert_{slots[t, k]}(x[t])."""
     value, error, size = (np.zeros_like(x) for _ in range(3))
-    for t, chosen in enumerate(slots):
-        for weight, slot in zip(weights[t], chosen, strict=True):
+    for t, row in enumerate(slots):
+        for weight, slot in zip(weights[t], row, strict=True):
             one = expert(bank[slot], spec, x[t : t + 1])
             value[t] += weight * one.value[0]
             error[t] += abs(weight) * one.error[0]

@@ -15,8 +15,8 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from flash_moe.kernels import gpu
-from flash_moe.kernels.gpu import U32
-from flash_moe.kernels.spec import WHOLE
+from flash_moe.kernels.interface import Shared
+from flash_moe.kernels.spec import FULL, U32
 from tests.kernels import reference as ref
 from tests.kernels.devices import EXAMPLES, F64, KIND, same_in_all_schedules, to_mlx
 from tests.kernels.gpu_cases import DTYPES, Case, Data, cases
@@ -72,7 +72,7 @@ def test_one_token_at_a_time(case: Case) -> None:
         h = gpu.gate_up(KIND, case.spec, x, bank, tiles, case.tuning)
         y = gpu.down_combine(
             *(KIND, case.spec, h, bank, tiles, mx.array(weights)),
-            *(gpu.Extras(), x.dtype, case.tuning),
+            *(Shared(), x.dtype, case.tuning),
         )
         return [h, y]
 
@@ -80,7 +80,7 @@ def test_one_token_at_a_time(case: Case) -> None:
     assert_within(h, hidden_rows(data, tokens, slots), "float32")
     expected = ref.mixture(data.bank, case.spec, data.x, data.slots, weights.astype(np.float64))
     assert_within(y, expected, case.dtype)
-    # From the h that it was given, whose own error would hide that of the last step.
+    # From the kernel's own h, whose error would otherwise hide that of the last step.
     parts = [
         ref.product(data.bank[slot], case.spec.down, ref.Bounded(row, np.zeros_like(row)))
         for slot, row in zip(slots, h[:, None], strict=True)
@@ -102,7 +102,7 @@ def test_tokens_that_share_an_expert(case: Case, tile: int) -> None:
         x, bank = to_mlx(data.x, case.dtype), data.words
         h = gpu.gate_up(KIND, case.spec, x, bank, tiles, case.tuning)
         d = gpu.down(KIND, case.spec, h, bank, tiles, mx.float32, case.tuning)
-        y = gpu.combine(KIND, d, place, mx.array(weights), gpu.Extras(), x.dtype)
+        y = gpu.combine(KIND, d, place, mx.array(weights), Shared(), x.dtype)
         return [h, d, y]
 
     h, d, y = same_in_all_schedules(launch)
@@ -110,7 +110,7 @@ def test_tokens_that_share_an_expert(case: Case, tile: int) -> None:
     for row, (token, slot) in enumerate(zip(tokens, slots, strict=True)):
         one = ref.expert(data.bank[slot], case.spec, data.x[token : token + 1])
         assert_within(d[row : row + 1], one, "float32")
-    # From the d that it was given: a sum of k products, within one unit of the last place.
+    # From the kernel's own d: a sum of k products, within one unit of the last place.
     exact = [ref.Bounded(row, np.zeros_like(row)) for row in d[place][:, None]]
     assert_within(y, from_rows(exact, weights), case.dtype, scale=1 / TYPICAL)
 
@@ -120,29 +120,24 @@ def test_tokens_that_share_an_expert(case: Case, tile: int) -> None:
     tokens=st.integers(1, 3),
     k=st.integers(1, 10),
     dtype=st.sampled_from(DTYPES),
-    shared=st.booleans(),
-    residual=st.booleans(),
     seed=seeds,
 )
-def test_what_is_added_to_a_mixture(
-    tokens: int, k: int, dtype: str, shared: bool, residual: bool, seed: int
+def test_the_shared_expert_is_added_to_a_mixture(
+    tokens: int, k: int, dtype: str, seed: int
 ) -> None:
-    """Shared expert and residual, after down and after combine alike."""
+    """After down and after combine alike."""
     case = Case(ref.make_spec(96, 64, 4, 32), dtype, tokens, k, ref.Scales(), gpu.Tuning(), seed)
     data = case.make()
     weights = data.rng.random((tokens, k)).astype(np.float32)
-    given_ = [ref.rounded(data.rng.normal(size=(tokens, n)), dtype) for n in (96, 1, 96)]
+    shared_parts = [ref.rounded(data.rng.normal(size=(tokens, n)), dtype) for n in (96, 1)]
     h = data.rng.normal(size=(tokens * k, 64)).astype(np.float32)
     flat, slots = data.pairs()
     tiles = gpu.make_tiles(flat, slots)
     place = np.arange(tokens * k, dtype=np.uint32)
 
     def launch() -> list[mx.array]:
-        side, gate, rest = (to_mlx(value, dtype) for value in given_)
-        extras = gpu.Extras(
-            side if shared else None, gate if shared else None, rest if residual else None
-        )
-        args = (mx.array(weights), extras, getattr(mx, dtype))
+        shared = Shared(*(to_mlx(value, dtype) for value in shared_parts))
+        args = (mx.array(weights), shared, getattr(mx, dtype))
         d = gpu.down(KIND, case.spec, mx.array(h), data.words, tiles, mx.float32, case.tuning)
         fused = gpu.down_combine(
             KIND, case.spec, mx.array(h), data.words, tiles, *args, case.tuning
@@ -155,11 +150,9 @@ def test_what_is_added_to_a_mixture(
     ]
     mixed = from_rows(parts, weights)
     total, bound = mixed.value, mixed.error + ref.gamma(8) * np.abs(mixed.value)
-    if shared:
-        total = total + given_[0] / (1 + np.exp(-given_[1]))
-        bound = bound + np.abs(given_[0]) * ref.gamma(k + 16)
-    if residual:
-        total, bound = total + given_[2], bound + np.abs(given_[2]) * ref.gamma(k + 8)
+    output, gate = shared_parts
+    total = total + output / (1 + np.exp(-gate))
+    bound = bound + np.abs(output) * ref.gamma(k + 16)
     for got in same_in_all_schedules(launch):
         # The largest of the parts decides how much of a bound is typical here: use all of it.
         assert_within(got, ref.Bounded(total, bound), dtype, scale=1 / TYPICAL)
@@ -194,7 +187,7 @@ def test_router(
     assert (np.abs(weights - shares) <= 2 * relative * shares + ref.FLUSH).all()
 
 
-def test_router_keeps_its_ids_in_range_whatever_it_is_given() -> None:
+def test_router_ids_are_in_range_for_any_logits() -> None:
     """Experts that a model masks with -inf, and a model that is broken."""
     masked = np.full((2, 70), -np.inf)
     masked[0, [3, 40]] = [1.0, 2.0]
@@ -213,7 +206,7 @@ def test_router_keeps_its_ids_in_range_whatever_it_is_given() -> None:
 @settings(max_examples=200, deadline=None)
 @given(
     # Pairs of one slot and another choice of planes must not share a tile.
-    slots=st.lists(st.sampled_from([0, 1, 2, WHOLE, WHOLE + 1]), min_size=1, max_size=40),
+    slots=st.lists(st.sampled_from([0, 1, 2, FULL, FULL + 1]), min_size=1, max_size=40),
     tile=st.integers(1, 8),
     seed=seeds,
 )

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flash_moe.kernels.native import RESIDENT_BITS, Native, resident
+from flash_moe.kernels.native import Native
 from flash_moe.kernels.spec import GROUP_SIZES, SCALE_TYPES, ExpertSpec
+from flash_moe.kernels.structs import RESIDENT_BITS, resident
 from tests.kernels import reference as ref
 from tests.kernels.native_cases import as_resident, random_matrix, scale_kinds, seeds, specs, within
 
@@ -70,20 +71,19 @@ def test_sum_batch_and_threads_change_no_bit(
     slots = rng.integers(0, count, (tokens, k), np.uint32)
     x = rng.normal(size=(tokens, spec.hidden)).astype(np.float32)
     weights = rng.normal(size=(tokens, k)).astype(np.float32)
-    base = rng.normal(size=x.shape).astype(np.float32)
     got = []
     for threads in (1, 2, 5):
         native.threads = threads
         assert native.threads == threads
-        got.append(native.experts(spec, bank, x, slots, weights, base))
+        got.append(native.experts(spec, bank, x, slots, weights))
     assert all(np.array_equal(got[0], other) for other in got)
     each = native.experts(spec, bank, x, slots)
-    total = base.copy()
+    total = np.zeros_like(x)
     for j in range(k):
         total += weights[:, j, None] * each[:, j]
     assert np.array_equal(total, got[0])
     t = data.draw(st.integers(0, tokens - 1))
-    one = [a[t : t + 1] for a in (x, slots, weights, base)]
+    one = [a[t : t + 1] for a in (x, slots, weights)]
     assert np.array_equal(native.experts(spec, bank, *one)[0], got[0][t])
 
 
@@ -126,9 +126,9 @@ def test_every_16_bit_scale_is_exact(native: Native, kind: str) -> None:
     raw = np.arange(1 << 16, dtype=np.uint16)
     infinite = 0x7C00 if kind == "float16" else 0x7F80
     raw = raw[raw & infinite != infinite].reshape(-1, 32)
-    given = raw.view(np.float16) if kind == "float16" else raw
+    scales = raw.view(np.float16) if kind == "float16" else raw
     ones = np.full((len(raw), 32 * 32 // 4), 0x01010101, np.uint32)
-    matrix = resident(ones, given, np.zeros_like(given), bits=8, group_size=32)
+    matrix = resident(ones, scales, np.zeros_like(scales), bits=8, group_size=32)
     values = ref.to_float(raw.view(np.uint8), kind)
     for g in (0, 13, 31):
         x = np.zeros((1, matrix.columns), np.float32)
@@ -147,7 +147,7 @@ def test_router(native: Native, row: list[float], k: int, tokens: int, renormali
     logits = np.tile(np.array(row, np.float32), (tokens, 1))
     k = min(k, len(row))
     ids, weights = native.router(logits, k, renormalise)
-    assert all(len(set(chosen)) == k and max(chosen) < len(row) for chosen in ids.tolist())
+    assert all(len(set(best)) == k and max(best) < len(row) for best in ids.tolist())
     ranks = np.where(np.isnan(logits), -np.inf, logits).astype(np.float64)
     want_ids, _ = ref.router(ranks, k, renormalise) if np.isfinite(ranks).all() else (None, None)
     order = np.argsort(-ranks, axis=-1, kind="stable")[:, :k]

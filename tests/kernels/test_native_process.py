@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flash_moe.kernels.native import Native, NativeUnavailable, find_compiler
+from flash_moe.errors import NativeUnavailable
+from flash_moe.kernels.native import KERNELS, Native
 from flash_moe.native import build as native_build
+from flash_moe.native.build import find_compiler
 from tests.kernels.native_cases import layer
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")

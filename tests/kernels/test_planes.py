@@ -1,5 +1,5 @@
-"""Records in two planes: whole pairs are what the 4-bit kernel makes of the joined codes, others
-what the 2-bit kernel makes of the first plane, whatever else is in the batch."""
+"""Records in two planes: full pairs equal what the 4-bit kernel computes from the joined codes, the
+others what the 2-bit kernel computes from the first plane, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flash_moe.kernels import gpu
-from flash_moe.kernels.backends import GpuKernels, Kernels, NativeKernels
-from flash_moe.kernels.gpu import U32
-from flash_moe.kernels.native import Native
-from flash_moe.kernels.spec import GROUP_SIZES, SCALE_TYPES, WHOLE, ExpertSpec
+from flash_moe.kernels.backends import GpuKernels
+from flash_moe.kernels.interface import Kernels, Shared
+from flash_moe.kernels.native import Native, NativeKernels
+from flash_moe.kernels.spec import FULL, GROUP_SIZES, SCALE_TYPES, U32, ExpertSpec
+from tests.devices import GPU
 from tests.kernels import reference as ref
 from tests.kernels.devices import (
     KIND,
-    ON_GPU,
     kernels_run,
     same_in_all_schedules,
     to_mlx,
@@ -28,7 +28,14 @@ from tests.kernels.devices import (
 )
 from tests.kernels.gpu_cases import DTYPES, ordinary
 from tests.kernels.native_cases import scale_kinds, seeds, within
-from tests.kernels.planes import Planes, choose, first_planes, make_planes, plain, split_spec
+from tests.kernels.planes import (
+    Planes,
+    first_planes,
+    make_planes,
+    mark_some,
+    split_spec,
+    unmarked,
+)
 
 COUNT = 4
 
@@ -58,7 +65,7 @@ class Lane:
 
 
 def poisoned(planes: Planes) -> list[ref.Bytes]:
-    """Second planes of ones: every scale in them is not a number."""
+    """The same bank with every bit of the second planes set, so that their scales are NaN."""
     bank = [record.copy() for record in planes.bank]
     for record in bank:
         record[planes.spec.stride // 2 :] = 0xFF
@@ -77,14 +84,14 @@ def test_native(
 ) -> None:
     rng = np.random.default_rng(seed)
     planes, tokens = make_planes(spec, COUNT, rng, scales), data.draw(st.integers(1, 12))
-    slots = choose(rng.integers(0, COUNT, (tokens, k), np.uint32), rng)
+    slots = mark_some(rng.integers(0, COUNT, (tokens, k), np.uint32), rng)
     x = rng.normal(size=(tokens, spec.hidden)).astype(np.float32)
     bank, four = (memoryview(np.concatenate(b)) for b in (planes.bank, planes.four_bank))
     got = native.experts(spec, bank, x, slots)
-    whole = (slots >= WHOLE)[..., None]
-    first = native.experts(first_planes(spec), bank, x, plain(slots))
+    full = (slots >= FULL)[..., None]
+    first = native.experts(first_planes(spec), bank, x, unmarked(slots))
     assert np.array_equal(
-        got, np.where(whole, native.experts(planes.four, four, x, plain(slots)), first)
+        got, np.where(full, native.experts(planes.four, four, x, unmarked(slots)), first)
     )
     t, j = data.draw(st.integers(0, tokens - 1)), data.draw(st.integers(0, k - 1))
     want = planes.expert(int(slots[t, j]), x[t].astype(np.float64))
@@ -94,14 +101,14 @@ def test_native(
     for i in range(k):
         total += weights[:, i, None] * got[:, i]
     assert np.array_equal(native.experts(spec, bank, x, slots, weights), total)
-    spoilt = memoryview(np.concatenate(poisoned(planes)))
-    assert np.array_equal(native.experts(spec, spoilt, x, plain(slots)), first)
+    poisoned_bank = memoryview(np.concatenate(poisoned(planes)))
+    assert np.array_equal(native.experts(spec, poisoned_bank, x, unmarked(slots)), first)
 
 
 def test_what_does_not_fit_is_refused(best: Native) -> None:
     spec = split_spec(64, 32, 32)
     bank = np.zeros(2 * spec.stride, np.uint8)
-    x, slots = np.zeros((1, 64), np.float32), np.full((1, 1), WHOLE, np.uint32)
+    x, slots = np.zeros((1, 64), np.float32), np.full((1, 1), FULL, np.uint32)
     assert best.experts(spec, memoryview(bank), x, slots).shape == (1, 1, 64)
 
     def refused(match: str, spec: ExpertSpec = spec, slots: U32 = slots) -> None:
@@ -110,15 +117,15 @@ def test_what_does_not_fit_is_refused(best: Native) -> None:
 
     refused("it has one", first_planes(spec))
     refused("slot 2: the bank has 2", slots=slots + np.uint32(2))
-    rest = spec.down.rest
-    assert rest is not None
+    second = spec.down.second
+    assert second is not None
     for part in ("weight", "scales", "biases"):
-        late = replace(spec.down, rest=replace(rest, **{part: spec.stride - 32}))
+        late = replace(spec.down, second=replace(second, **{part: spec.stride - 32}))
         refused("in steps of", replace(spec, down=late))
-        early = replace(spec.down, rest=replace(rest, **{part: -64}))
+        early = replace(spec.down, second=replace(second, **{part: -64}))
         refused("before its record", replace(spec, down=early))
     with pytest.raises(ValueError, match="some have none"):
-        replace(spec, up=replace(spec.up, rest=None))
+        replace(spec, up=replace(spec.up, second=None))
     with pytest.raises(ValueError, match="not of 2 bits"):
         replace(spec, up=replace(spec.up, bits=4))
 
@@ -149,35 +156,35 @@ def test_gpu(
     planes = make_planes(spec, COUNT, rng, replace(scales, magnitude=1 / 64))
     x = ref.rounded(rng.normal(size=(3, spec.hidden)), dtype)
     weights = rng.random((3, k)).astype(np.float32)
-    slots = choose(rng.integers(0, COUNT, 3 * k, np.uint32), rng)
+    slots = mark_some(rng.integers(0, COUNT, 3 * k, np.uint32), rng)
     tokens = np.repeat(np.arange(3, dtype=np.uint32), k)
     if tile > 1:
         order = np.argsort(slots, kind="stable")
         tokens, slots = tokens[order], slots[order]
 
     def launch(spec: ExpertSpec, bank: list[ref.Bytes], slots: U32) -> list[mx.array]:
-        given_, words = to_mlx(x, dtype), Lane(bank).words
+        rows, words = to_mlx(x, dtype), Lane(bank).words
         tiles = gpu.make_tiles(tokens, slots, tile)
-        h = gpu.gate_up(KIND, spec, given_, words, tiles, tuning)
+        h = gpu.gate_up(KIND, spec, rows, words, tiles, tuning)
         if tile > 1:
             return [gpu.down(KIND, spec, h, words, tiles, mx.float32, tuning)]
-        rest = (mx.array(weights), gpu.Extras(), mx.float32, tuning)
+        mixing = (mx.array(weights), Shared(), mx.float32, tuning)
         d = gpu.down(KIND, spec, h, words, tiles, mx.float32, tuning)
-        return [d, gpu.down_combine(KIND, spec, h, words, tiles, *rest)]
+        return [d, gpu.down_combine(KIND, spec, h, words, tiles, *mixing)]
 
     got, *mixed = same_in_all_schedules(lambda: launch(spec, planes.bank, slots))
     with kernels_run():
         first, four, spared = (
             to_numpy(launch(*args)[0])
             for args in (
-                (first_planes(spec), planes.bank, plain(slots)),
-                (planes.four, planes.four_bank, plain(slots)),
-                (spec, poisoned(planes), plain(slots)),
+                (first_planes(spec), planes.bank, unmarked(slots)),
+                (planes.four, planes.four_bank, unmarked(slots)),
+                (spec, poisoned(planes), unmarked(slots)),
             )
         )
-    # Under the emulator to the bit; a GPU's compiler may fuse otherwise in one of the kernels.
-    near = {"rtol": 1e-5, "atol": 1e-5 * np.abs(four).max()} if ON_GPU else {"rtol": 0, "atol": 0}
-    assert np.allclose(got, np.where((slots >= WHOLE)[:, None], four, first), **near)
+    # To the bit under the emulator; a GPU's compiler may fuse differently in one of the kernels.
+    near = {"rtol": 1e-5, "atol": 1e-5 * np.abs(four).max()} if GPU else {"rtol": 0, "atol": 0}
+    assert np.allclose(got, np.where((slots >= FULL)[:, None], four, first), **near)
     assert np.allclose(spared, first, **near)
     for y in mixed:
         total = (weights[..., None] * got.reshape(3, k, -1)).sum(1)
@@ -192,31 +199,31 @@ def _row(planes: Planes, slot: int, x: ref.F64) -> ref.Bounded:
 
 
 @pytest.mark.parametrize("count", [2, 40])
-def test_both_faces_take_both_kinds(best: Native, count: int) -> None:
-    """One by one and in tiles, in an order in which both kinds of a slot's pairs alternate."""
+def test_every_backend_takes_both_kinds_of_pairs(best: Native, count: int) -> None:
+    """One by one and in tiles, with full and first-plane pairs of a slot in alternation."""
     rng = np.random.default_rng(count)
     planes = make_planes(split_spec(64, 32, 32), 2, rng)
     x = rng.normal(size=(count, 64)).astype(np.float32)
-    slots = choose(rng.integers(0, 2, (count, 2), np.uint32), rng)
+    slots = mark_some(rng.integers(0, 2, (count, 2), np.uint32), rng)
     weights = np.full((count, 2), 0.5, np.float32)
     tokens, flat = np.repeat(np.arange(count, dtype=np.uint32), 2), slots.reshape(-1)
     want = [
         _row(planes, int(slot), x[t].astype(np.float64))
         for t, slot in zip(tokens, flat, strict=True)
     ]
-    held = np.concatenate(planes.bank)
+    memory = np.concatenate(planes.bank)
 
-    class There(Lane):
+    class InMemory(Lane):
         @property
         def address(self) -> int:
-            return int(held.ctypes.data)
+            return int(memory.ctypes.data)
 
-    faces: list[Kernels] = [NativeKernels(best), GpuKernels(KIND)]
-    for kernels in faces:
-        lane = There(planes.bank)
+    backends: list[Kernels] = [NativeKernels(best), GpuKernels(KIND)]
+    for kernels in backends:
+        lane = InMemory(planes.bank)
         with kernels_run():
             rows = to_numpy(kernels.rows(lane, planes.spec, mx.array(x), tokens, flat))
-            args = (mx.array(x), slots, mx.array(weights), gpu.Extras())
+            args = (mx.array(x), slots, mx.array(weights), Shared())
             y = to_numpy(kernels.mixture(lane, planes.spec, *args))
             for call in _calls_without_planes(
                 kernels, lane, first_planes(planes.spec), args, tokens
@@ -231,11 +238,11 @@ def _calls_without_planes(
     kernels: Kernels,
     lane: Lane,
     spec: ExpertSpec,
-    args: tuple[mx.array, U32, mx.array, gpu.Extras],
+    args: tuple[mx.array, U32, mx.array, Shared],
     tokens: U32,
 ) -> list[Callable[[], mx.array]]:
     x, slots, _, _ = args
-    slots = slots | np.uint32(WHOLE)
+    slots = slots | np.uint32(FULL)
     return [
         lambda: kernels.rows(lane, spec, x, tokens, slots.reshape(-1)),
         lambda: kernels.mixture(lane, spec, x, slots, *args[2:]),

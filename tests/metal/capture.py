@@ -62,8 +62,9 @@ def capture(fn: Callable[..., Any], *arrays: mx.array) -> list[KernelCall]:
 
 
 def _call(node: dict[str, Any]) -> KernelCall:
-    name, source, *rest = node["arguments"]
-    grid, threadgroup, facts, contiguous = tuple(rest[:3]), tuple(rest[3:6]), rest[6], rest[7]
+    name, source, *launch = node["arguments"]
+    grid, threadgroup = tuple(launch[:3]), tuple(launch[3:6])
+    facts, contiguous = launch[6:8]
     if not contiguous:
         raise NotImplementedError(f"{name}: ensure_row_contiguous=False")
     names = [p.name for p in _parameters(name, source) if p.buffer is not None]
@@ -92,31 +93,33 @@ class _Parameter:
 def _parameters(name: str, source: str) -> list[_Parameter]:
     signature = re.search(rf"\b{re.escape(name)}\(\n(.*?)\) \{{\n", source, re.S)
     assert signature, source
-    found = []
+    parameters = []
     for line in signature[1].split(",\n"):
         match = re.fullmatch(r"\s*(.+?)([*&]?)\s+(\w+) \[\[(\w+)(?:\((\d+)\))?\]\]", line)
         assert match, line
         kind, mark, parameter, attribute, number = match.groups()
         buffer = int(number) if number else None
-        found.append(_Parameter(kind, mark == "&", parameter, buffer, attribute))
-    return found
+        parameters.append(_Parameter(kind, mark == "&", parameter, buffer, attribute))
+    return parameters
 
 
 def _library(call: KernelCall) -> str:
     instance = re.search(r"\n(template \[\[host_name\(.*?decltype\((.+?)\) .*)", call.source, re.S)
     source = call.source[: instance.start()] if instance else call.source
-    given = []
+    arguments = []
     for p in _parameters(call.name, source):
         if p.buffer is not None:
-            given.append(f"{'*' if p.reference else ''}({p.type}*)buffers[{p.buffer}]")
+            arguments.append(f"{'*' if p.reference else ''}({p.type}*)buffers[{p.buffer}]")
         elif p.attribute in CONSTANT_IDS:
-            given.append(CONSTANT_IDS[p.attribute])
+            arguments.append(CONSTANT_IDS[p.attribute])
         elif p.attribute not in IDS:
             raise NotImplementedError(f"{call.name}: [[{p.attribute}]]")
         elif p.type == "uint3":
-            given.append("uint3{" + ", ".join(f"ids->{p.attribute}[{i}]" for i in range(3)) + "}")
+            arguments.append(
+                "uint3{" + ", ".join(f"ids->{p.attribute}[{i}]" for i in range(3)) + "}"
+            )
         else:
-            given.append(f"ids->{p.attribute}")
+            arguments.append(f"ids->{p.attribute}")
     return f"""#include "runtime.h"
 #include "metal_on_host.h"
 namespace shader {{
@@ -132,9 +135,9 @@ const void* metal_host_exchange(const void* value, size_t size, int site, uint* 
 void metal_host_barrier(int whole, int orders, int site) {{ host->barrier(whole, orders, site); }}
 uint metal_host_lane() {{ return host->lane(); }}
 }}
-static void bind(const emulator::Host* given) {{ host = given; }}
+static void bind(const emulator::Host* launcher) {{ host = launcher; }}
 static void call(const emulator::Ids* ids, void** buffers) {{
-  shader::{instance[2] if instance else call.name}({", ".join(given)});
+  shader::{instance[2] if instance else call.name}({", ".join(arguments)});
 }}
 #ifdef __APPLE__
 extern "C" char first __asm("section$start$__DATA$metal_tg");

@@ -1,7 +1,7 @@
-"""Finds clang, compiles kernels and the runtime, and keeps what it made for the next run.
+"""Finds clang, compiles kernels and the runtime, and caches the libraries for the next run.
 
-What is made lies in the user's cache under the hash of all that went into it, so that a warm run
-compiles nothing, and two workers that make the same thing at once both end with a whole one.
+They lie in the user's cache under the hash of everything that went into them, so that a warm run
+compiles nothing, and two workers that compile the same one at once both end with a complete one.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def unavailable(why: str) -> NoReturn:
 
 @cache
 def find_clang() -> str | None:
-    if given := os.environ.get("METAL_EMULATOR_CXX"):
-        return given
+    if path := os.environ.get("METAL_EMULATOR_CXX"):
+        return path
     for name in ["clang++-19", *(f"clang++-{n}" for n in range(20, OLDEST - 1, -1)), "clang++"]:
         path = shutil.which(name)
         if path and _version(path) >= OLDEST:
@@ -67,9 +67,9 @@ def find_clang() -> str | None:
 
 
 def _version(clang: str) -> int:
-    said = subprocess.run([clang, "--version"], capture_output=True, text=True).stdout
-    found = re.search(r"version (\d+)", said)
-    return int(found[1]) if found else 0
+    text = subprocess.run([clang, "--version"], capture_output=True, text=True).stdout
+    match = re.search(r"version (\d+)", text)
+    return int(match[1]) if match else 0
 
 
 def clang() -> str:
@@ -88,8 +88,8 @@ def _machine() -> tuple[str, ...]:
         known = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
     except OSError:
         return ()
-    wanted = {"avx2", "fma", "f16c", "bmi2"}
-    return ("-march=x86-64-v3",) if wanted <= set(known) else ()
+    needed = {"avx2", "fma", "f16c", "bmi2"}
+    return ("-march=x86-64-v3",) if needed <= set(known) else ()
 
 
 @cache
@@ -131,8 +131,8 @@ def _toolchain() -> str:
 
 def _make(name: str, files: dict[str, str], command: list[str]) -> Path:
     """The file that `command` makes of `files`, whose names it may use; from the cache if there."""
-    whole = repr((_toolchain(), sorted(files.items()), command))
-    path = folder() / f"{name}-{hashlib.sha256(whole.encode()).hexdigest()[:24]}"
+    inputs = repr((_toolchain(), sorted(files.items()), command))
+    path = folder() / f"{name}-{hashlib.sha256(inputs.encode()).hexdigest()[:24]}"
     if path.exists():
         os.utime(path)
         return path
@@ -140,11 +140,11 @@ def _make(name: str, files: dict[str, str], command: list[str]) -> Path:
         for file, text in files.items():
             (Path(scratch) / file).write_text(text)
         done = subprocess.run(
-            [clang(), *command, "-o", "made"], cwd=scratch, capture_output=True, text=True
+            [clang(), *command, "-o", "output"], cwd=scratch, capture_output=True, text=True
         )
         if done.returncode:
             raise CompileError(done.stderr)
-        os.replace(Path(scratch) / "made", path)
+        os.replace(Path(scratch) / "output", path)
     return path
 
 

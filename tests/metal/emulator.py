@@ -81,14 +81,14 @@ def run(
             raise ValueError(f"{buffer} cannot be {array.dtype} {array.shape}")
     if unknown := set(forbidden or ()) - {buffer.name for buffer in call.inputs}:
         raise ValueError(f"{call.file} has no inputs {unknown}")
-    given = [np.ascontiguousarray(array).reshape(array.shape) for array in inputs]
+    arrays = [np.ascontiguousarray(array).reshape(array.shape) for array in inputs]
     if build != "plain":
-        return run_sanitized(call, given, build, schedule, seed, forbidden or {})
+        return run_sanitized(call, arrays, build, schedule, seed, forbidden or {})
     if not forbidden:
-        return run_plain(call, given, schedule, seed, guard)
+        return run_plain(call, arrays, schedule, seed, guard)
     outcomes = []
     for fill in (0xFF, 0x5A):
-        soiled = [array.copy() for array in given]
+        soiled = [array.copy() for array in arrays]
         for buffer, array in zip(call.inputs, soiled, strict=True):
             for begin, end in forbidden.get(buffer.name, ()):
                 array.reshape(-1).view(np.uint8)[begin:end] = fill
@@ -101,10 +101,10 @@ def run(
 
 @contextmanager
 def emulated(**options: Unpack[Options]) -> Iterator[list[KernelCall]]:
-    """Kernels that are made within run here; yields the list of their calls as they happen.
+    """Kernels that are built within run here; yields the list of their calls as they happen.
 
-    Options are those of `run`. Replaces mx.fast.metal_kernel, so what has been made and kept before
-    must be made again, and what was made within is of no use after.
+    Options are those of `run`. Replaces mx.fast.metal_kernel, so kernels that were built before
+    must be built again, and kernels that are built within are of no use afterwards.
     """
     calls: list[KernelCall] = []
     make: Any = mx.fast.metal_kernel
@@ -121,9 +121,9 @@ def emulated(**options: Unpack[Options]) -> Iterator[list[KernelCall]]:
             (call,) = capture(lambda *a: kernel(inputs=list(a), **rest), *arrays)
             calls.append(call := replace(call, init=init_value))
             own = {b.name: forbidden[b.name] for b in call.inputs if b.name in forbidden}
-            chosen: Options = {**options, "forbidden": own}
-            done = run(call, [to_numpy(a) for a in arrays], **chosen)
-            return [to_mlx(a, b.dtype) for a, b in zip(done, call.outputs, strict=True)]
+            merged: Options = {**options, "forbidden": own}
+            results = run(call, [to_numpy(a) for a in arrays], **merged)
+            return [to_mlx(a, b.dtype) for a, b in zip(results, call.outputs, strict=True)]
 
         return launch
 

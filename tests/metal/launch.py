@@ -36,10 +36,10 @@ NUMPY = {mx.bfloat16: np.uint16} | {getattr(mx, name): getattr(np, name) for nam
 
 
 class EmulatorError(Exception):
-    """What a detector found; `kind` says which, in a word or two."""
+    """The report of a detector; `kind` names it in a word or two."""
 
     def __init__(self, kind: str, message: str, call: KernelCall) -> None:
-        # Lines are counted in the text that MLX made: the helpers, the kernel, its instance.
+        # Lines are counted in the text that MLX generates: the helpers, the kernel, its instance.
         line = re.search(r"(?:at line |\.metal:)(\d+)", message)
         lines = call.source.splitlines()
         number = int(line[1]) if line else 0
@@ -73,7 +73,7 @@ class _Launch(ctypes.Structure):
     ]
 
 
-class _Held:
+class _Arguments:
     """Arrays as the runtime wants them, and whatever must live as long."""
 
     def __init__(self, buffers: Sequence[tuple[str, Array, bool]]) -> None:
@@ -86,21 +86,21 @@ class _Held:
         )
 
 
-def _buffers(call: KernelCall, inputs: list[Array]) -> tuple[_Held, list[Array]]:
+def _buffers(call: KernelCall, inputs: list[Array]) -> tuple[_Arguments, list[Array]]:
     """All of a call's buffers in its order, and the outputs among them."""
-    found: list[tuple[str, Array, bool]] = []
+    buffers: list[tuple[str, Array, bool]] = []
     for buffer, array, (shape, strides, ndim) in zip(call.inputs, inputs, call.facts, strict=True):
-        found.append((buffer.name, array, False))
+        buffers.append((buffer.name, array, False))
         steps = [prod(array.shape[i + 1 :]) for i in range(array.ndim)]
         if shape:
-            found.append((f"{buffer.name}_shape", np.array(array.shape, np.int32), False))
+            buffers.append((f"{buffer.name}_shape", np.array(array.shape, np.int32), False))
         if strides:
-            found.append((f"{buffer.name}_strides", np.array(steps, np.int64), False))
+            buffers.append((f"{buffer.name}_strides", np.array(steps, np.int64), False))
         if ndim:
-            found.append((f"{buffer.name}_ndim", np.array(array.ndim, np.int32), False))
+            buffers.append((f"{buffer.name}_ndim", np.array(array.ndim, np.int32), False))
     outputs = [_blank(buffer, call.init) for buffer in call.outputs]
-    found += [(b.name, array, True) for b, array in zip(call.outputs, outputs, strict=True)]
-    return _Held(found), outputs
+    buffers += [(b.name, array, True) for b, array in zip(call.outputs, outputs, strict=True)]
+    return _Arguments(buffers), outputs
 
 
 def _blank(buffer: Buffer, init: float | None) -> Array:
@@ -129,7 +129,7 @@ def run_plain(
     call: KernelCall, inputs: list[Array], schedule: int, seed: int, guard: Guard
 ) -> list[Array]:
     kernel = _kernel(compiler.kernel(call.text(), "plain"))
-    held, outputs = _buffers(call, inputs)
+    arguments, outputs = _buffers(call, inputs)
     error = ctypes.create_string_buffer(512)
     launch = _Launch(
         (ctypes.c_uint32 * 3)(*call.grid),
@@ -137,9 +137,9 @@ def run_plain(
         seed,
         schedule,
         GUARDS[guard],
-        len(held.structures),
+        len(arguments.structures),
         0,
-        held.structures,
+        arguments.structures,
         None,
         ctypes.cast(error, ctypes.c_char_p),
         len(error),
@@ -148,9 +148,9 @@ def run_plain(
     with _ONE_AT_A_TIME:
         failed = launcher(ctypes.byref(kernel), ctypes.byref(launch))
     if failed:
-        said = error.value.decode()
-        found = re.match(r"(guard|canary): ", said)
-        raise EmulatorError(found[1] if found else "emulator", said, call)
+        message = error.value.decode()
+        prefix = re.match(r"(guard|canary): ", message)
+        raise EmulatorError(prefix[1] if prefix else "emulator", message, call)
     return outputs
 
 
@@ -158,18 +158,18 @@ def run_sanitized(
     call: KernelCall, inputs: list[Array], build: Build, schedule: int, seed: int, ranges: Ranges
 ) -> list[Array]:
     library = compiler.kernel(call.text(), build)
-    held, outputs = _buffers(call, inputs)
-    names = [s.name.decode() for s in held.structures]
+    arguments, outputs = _buffers(call, inputs)
+    names = [s.name.decode() for s in arguments.structures]
     places = [(names.index(n), *r) for n, many in ranges.items() for r in many]
     lines = [
         (*call.grid, *call.threadgroup, seed, schedule, len(names), len(places)),
-        *((s.name.decode(), s.bytes, s.output) for s in held.structures),
+        *((s.name.decode(), s.bytes, s.output) for s in arguments.structures),
         *places,
     ]
     with tempfile.TemporaryDirectory() as scratch:
         manifest, data = Path(scratch) / "launch", Path(scratch) / "data"
         manifest.write_text("\n".join(" ".join(map(str, line)) for line in lines))
-        data.write_bytes(b"".join(array.tobytes() for array in held.arrays))
+        data.write_bytes(b"".join(array.tobytes() for array in arguments.arrays))
         command = [*compiler.program(build), str(library), str(manifest), str(data)]
         environment = os.environ | {
             "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:redzone=512",
@@ -187,14 +187,14 @@ def run_sanitized(
     return outputs
 
 
-def _sanitizer_error(said: str, call: KernelCall) -> EmulatorError:
-    said = said.split("\nShadow bytes")[0]
+def _sanitizer_error(report: str, call: KernelCall) -> EmulatorError:
+    report = report.split("\nShadow bytes")[0]
     for pattern in (r"AddressSanitizer: ([\w-]+)", r"ThreadSanitizer: ([\w ]+?) \("):
-        if found := re.search(pattern, said):
-            return EmulatorError(found[1], said, call)
+        if match := re.search(pattern, report):
+            return EmulatorError(match[1], report, call)
     kinds = {"runtime error: ": "undefined behaviour", "emulator: ": "emulator"}
-    kind = next((kind for sign, kind in kinds.items() if sign in said), "crash")
-    return EmulatorError(kind, said, call)
+    kind = next((kind for sign, kind in kinds.items() if sign in report), "crash")
+    return EmulatorError(kind, report, call)
 
 
 def to_numpy(array: mx.array) -> Array:

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flash_moe.kernels import gpu
-from flash_moe.kernels.gpu import U32
-from flash_moe.kernels.spec import WHOLE, ExpertSpec, Matrix
+from flash_moe.kernels.interface import Shared
+from flash_moe.kernels.spec import FULL, U32, ExpertSpec, Matrix
 from tests.kernels import reference
 from tests.kernels.planes import make_planes, split_spec
 from tests.kernels.reference import Bounded, Bytes
@@ -21,7 +21,7 @@ from tests.metal.emulator import Ranges
 TUNING = gpu.Tuning(rows=5, simdgroups=2)
 TOKENS = np.array([0, 1, 0, 1, 2], np.uint32)
 SLOTS = np.array([4, 4, 2, 2, 2], np.uint32)  # in tiles of two tokens: full, full, not full
-CHOICE = np.uint32(WHOLE)  # of records in two planes, slot 2 is computed from both
+CHOICE = np.uint32(FULL)  # of records in two planes, slot 2 is computed from both
 RECORDS = 5
 Answer = npt.NDArray[np.float64]
 
@@ -45,27 +45,27 @@ class Scene:
 class Bank:
     spec: ExpertSpec
     records: list[Bytes]
-    four: ExpertSpec  # what whole pairs are computed from
+    four: ExpertSpec  # that full pairs are computed from
     four_records: list[Bytes]
 
     def of(self, slot: int) -> tuple[Bytes, ExpertSpec]:
-        if slot >= WHOLE:
-            return self.four_records[slot - WHOLE], self.four
+        if slot >= FULL:
+            return self.four_records[slot - FULL], self.four
         return self.records[slot], self.spec
 
-    def chosen(self, slots: U32) -> U32:
-        return slots | (slots == 2) * CHOICE if self.spec.split else slots
+    def marked(self, slots: U32) -> U32:
+        return slots | (slots == 2) * CHOICE if self.spec.two_planes else slots
 
 
 def gate_up(bits: int = 4, split: bool = False) -> Scene:
     bank, rng = _bank(576, 96, bits, split)
-    spec, slots = bank.spec, bank.chosen(SLOTS)
+    spec, slots = bank.spec, bank.marked(SLOTS)
     x = reference.rounded(rng.standard_normal((3, 576)), "bfloat16")
     tiles = gpu.make_tiles(TOKENS, slots, 2)
 
     def launch() -> list[mx.array]:
-        given = mx.array(x.astype(np.float32)).astype(mx.bfloat16)
-        return [gpu.gate_up("metal", spec, given, _words(bank.records), tiles, TUNING)]
+        rows = mx.array(x.astype(np.float32)).astype(mx.bfloat16)
+        return [gpu.gate_up("metal", spec, rows, _words(bank.records), tiles, TUNING)]
 
     rows = [
         reference.hidden_state(*bank.of(slot), x[token : token + 1])
@@ -77,13 +77,13 @@ def gate_up(bits: int = 4, split: bool = False) -> Scene:
 
 def down(bits: int = 4, split: bool = False) -> Scene:
     bank, rng = _bank(96, 576, bits, split)
-    spec, slots = bank.spec, bank.chosen(SLOTS)
+    spec, slots = bank.spec, bank.marked(SLOTS)
     h = rng.standard_normal((5, 576)).astype(np.float32)
     tiles = gpu.make_tiles(TOKENS, slots, 2)
 
     def launch() -> list[mx.array]:
-        given = (mx.array(h), _words(bank.records), tiles)
-        return [gpu.down("metal", spec, *given, mx.float32, TUNING)]
+        arguments = (mx.array(h), _words(bank.records), tiles)
+        return [gpu.down("metal", spec, *arguments, mx.float32, TUNING)]
 
     rows = [_product(*bank.of(slot), h[i]) for i, slot in enumerate(slots)]
     return Scene(launch, *_stack(rows), {"bank": _others(spec, slots, [spec.down])})
@@ -91,15 +91,15 @@ def down(bits: int = 4, split: bool = False) -> Scene:
 
 def down_combine(bits: int = 4, split: bool = False) -> Scene:
     bank, rng = _bank(96, 576, bits, split)
-    spec, slots = bank.spec, bank.chosen(np.array([4, 0, 2, 2, 4, 0], np.uint32))
+    spec, slots = bank.spec, bank.marked(np.array([4, 0, 2, 2, 4, 0], np.uint32))
     h = rng.standard_normal((6, 576)).astype(np.float32)
     tiles = gpu.make_tiles(np.repeat(np.arange(2, dtype=np.uint32), 3), slots)
     weights = rng.uniform(0.1, 1, (2, 3)).astype(np.float32)
-    extras, added = _extras(rng)
+    shared, added = _shared(rng)
 
     def launch() -> list[mx.array]:
-        given = (mx.array(h), _words(bank.records), tiles, mx.array(weights), extras)
-        return [gpu.down_combine("metal", spec, *given, mx.float32, TUNING)]
+        arguments = (mx.array(h), _words(bank.records), tiles, mx.array(weights), shared)
+        return [gpu.down_combine("metal", spec, *arguments, mx.float32, TUNING)]
 
     rows = [_product(*bank.of(slot), h[i]) for i, slot in enumerate(slots)]
     return Scene(
@@ -114,11 +114,11 @@ def combine() -> Scene:
     d = rng.standard_normal((6, 96)).astype(np.float32)
     place = np.array([3, 5, 0, 1, 4, 2], np.uint32)
     weights = rng.uniform(0.1, 1, (2, 3)).astype(np.float32)
-    extras, added = _extras(rng)
+    shared, added = _shared(rng)
 
     def launch() -> list[mx.array]:
-        given = (mx.array(d), place, mx.array(weights), extras)
-        return [gpu.combine("metal", *given, mx.float32)]
+        arguments = (mx.array(d), place, mx.array(weights), shared)
+        return [gpu.combine("metal", *arguments, mx.float32)]
 
     rows = [Bounded(d[place[i]][None].astype(np.float64), np.zeros((1, 96))) for i in range(6)]
     return Scene(
@@ -153,8 +153,8 @@ def _bank(
     """Records without padding: the last byte of the last is the last of the buffer."""
     rng = np.random.default_rng(0)
     if split:
-        made = make_planes(split_spec(hidden, intermediate, 32), RECORDS, rng)
-        spec, records, four = made.spec, made.bank, (made.four, made.four_bank)
+        planes = make_planes(split_spec(hidden, intermediate, 32), RECORDS, rng)
+        spec, records, four = planes.spec, planes.bank, (planes.four, planes.four_bank)
     else:
         spec = reference.make_spec(hidden, intermediate, bits, 32)
         records = [reference.random_record(spec, rng) for _ in range(RECORDS)]
@@ -167,25 +167,25 @@ def _words(bank: list[Bytes]) -> mx.array:
     return mx.array(np.stack(bank).view(np.uint32))
 
 
-def _parts(matrix: Matrix, whole: bool) -> list[tuple[int, int]]:
+def _parts(matrix: Matrix, full: bool) -> list[tuple[int, int]]:
     codes = matrix.rows * matrix.columns * matrix.bits // 8
     scales = matrix.rows * matrix.columns // matrix.group_size * 2
     sizes, starts = [codes, scales, scales], [matrix.weight, matrix.scales, matrix.biases]
-    if whole and matrix.rest is not None:
-        rest = matrix.rest
+    if full and matrix.second is not None:
+        second = matrix.second
         sizes = [codes, codes, scales, scales]
-        starts = [matrix.weight, rest.weight, rest.scales, rest.biases]
+        starts = [matrix.weight, second.weight, second.scales, second.biases]
     return [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
 def _others(spec: ExpertSpec, slots: U32, read: list[Matrix]) -> list[tuple[int, int]]:
-    """All of the bank but these matrices of these records, in the planes that were chosen."""
-    found, at = [], 0
-    for slot, whole in sorted({(slot % WHOLE, slot >= WHOLE) for slot in slots.tolist()}):
-        for begin, end in sorted(part for matrix in read for part in _parts(matrix, whole)):
-            found.append((at, slot * spec.stride + begin))
+    """All of the bank but these matrices of these records, in the planes that are needed."""
+    others, at = [], 0
+    for slot, full in sorted({(slot % FULL, slot >= FULL) for slot in slots.tolist()}):
+        for begin, end in sorted(part for matrix in read for part in _parts(matrix, full)):
+            others.append((at, slot * spec.stride + begin))
             at = slot * spec.stride + end
-    return [(begin, end) for begin, end in [*found, (at, RECORDS * spec.stride)] if begin < end]
+    return [(begin, end) for begin, end in [*others, (at, RECORDS * spec.stride)] if begin < end]
 
 
 def _product(record: Bytes, spec: ExpertSpec, h: npt.NDArray[np.float32]) -> Bounded:
@@ -197,11 +197,11 @@ def _stack(rows: list[Bounded]) -> tuple[list[Answer], list[Answer]]:
     return [np.concatenate([r.value for r in rows])], [np.concatenate([r.error for r in rows])]
 
 
-def _extras(rng: np.random.Generator) -> tuple[gpu.Extras, Answer]:
-    shared, residual = rng.standard_normal((2, 2, 96)).astype(np.float32)
+def _shared(rng: np.random.Generator) -> tuple[Shared, Answer]:
+    output = rng.standard_normal((2, 96)).astype(np.float32)
     gate = rng.standard_normal(2).astype(np.float32)
-    extras = gpu.Extras(mx.array(shared), mx.array(gate), mx.array(residual))
-    return extras, residual + shared.astype(np.float64) / (1 + np.exp(-gate[:, None]))
+    shared = Shared(mx.array(output), mx.array(gate))
+    return shared, output.astype(np.float64) / (1 + np.exp(-gate[:, None]))
 
 
 def _mixed(

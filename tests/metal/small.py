@@ -27,14 +27,14 @@ def one_kernel(
 
     def launch(*arrays: mx.array) -> list[mx.array]:
         make: Any = mx.fast.metal_kernel
-        made = make(
+        kernel = make(
             name="small",
             input_names=list("abcde"[: len(arrays)]),
             output_names=list("yzw"[: len(outputs)]),
             header=header,
             source=body,
         )
-        found: list[mx.array] = made(
+        results: list[mx.array] = kernel(
             inputs=list(arrays),
             template=template,
             grid=grid,
@@ -42,7 +42,7 @@ def one_kernel(
             output_shapes=list(outputs),
             output_dtypes=[dtype] * len(outputs),
         )
-        return found
+        return results
 
     # Export wants an input to trace from.
     (call,) = capture(launch, *(inputs or [mx.zeros((8,))]))

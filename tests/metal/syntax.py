@@ -1,8 +1,8 @@
-"""What Metal's front end would refuse, as far as clang's C++ can tell.
+"""Finds text that Metal's front end would refuse, as far as clang's C++ can tell.
 
 Clang itself refuses pointers without an address space or with a wrong one, writes to constants, and
-misspellings; there is no standard library to call. What C++ allows and Metal does not is looked for
-in the syntax tree. The rest only Apple's compiler knows.
+misspellings; there is no standard library to call. Constructs that C++ allows and Metal does not
+are looked for in the syntax tree. Everything else only Apple's compiler knows.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ BARE = (
 def complaints(call: KernelCall) -> list[str]:
     """None for a text that may well be Metal."""
     errors, tree = _parse(call)
-    found = errors + [what for sign, what in FORBIDDEN.items() if re.search(sign, tree)]
+    problems = errors + [name for sign, name in FORBIDDEN.items() if re.search(sign, tree)]
     if not errors and re.search(BARE, _parse(call, "-DMETAL_THREAD=volatile")[1]):
-        found.append("a pointer or reference without an address space")
-    return found
+        problems.append("a pointer or reference without an address space")
+    return problems
 
 
 def _parse(call: KernelCall, *flags: str) -> tuple[list[str], str]:

@@ -28,11 +28,11 @@ def two_groups(body: str, threads: int = 64) -> KernelCall:
 
 
 def start(call: KernelCall, build: Build = "plain", **options: object) -> list[Array]:
-    given = [np.arange(1024, dtype=np.float32)] * len(call.inputs)
-    return run(call, given, build=build, **options)  # type: ignore[arg-type]
+    arrays = [np.arange(1024, dtype=np.float32)] * len(call.inputs)
+    return run(call, arrays, build=build, **options)  # type: ignore[arg-type]
 
 
-def found(call: KernelCall, build: Build = "plain", **options: object) -> EmulatorError:
+def report(call: KernelCall, build: Build = "plain", **options: object) -> EmulatorError:
     with pytest.raises(EmulatorError) as error:
         start(call, build, **options)
     return error.value
@@ -72,7 +72,7 @@ def found(call: KernelCall, build: Build = "plain", **options: object) -> Emulat
     ],
 )
 def test_divergence(body: str, message: str, schedule: int) -> None:
-    error = found(two_groups(body), schedule=schedule)
+    error = report(two_groups(body), schedule=schedule)
     assert message in str(error)
     assert "threadgroup 0,0,0 thread" in str(error)
 
@@ -81,7 +81,7 @@ def test_divergence_says_where() -> None:
     call = two_groups("\n\nif (lane == 3u) return;\n y[i] = simd_sum(a[i]);")
     lines = call.source.splitlines()
     line = next(n for n, text in enumerate(lines, 1) if "simd_sum" in text)
-    assert f"at line {line} " in str(found(call))
+    assert f"at line {line} " in str(report(call))
 
 
 def test_uniform_control_flow_is_no_divergence() -> None:
@@ -97,7 +97,7 @@ def test_uniform_control_flow_is_no_divergence() -> None:
 def test_limits(floats: int, threads: int, message: str | None) -> None:
     call = two_groups(f"threadgroup float t[{floats}]; t[lane] = a[lane]; y[0] = t[7];", threads)
     if message:
-        assert message in str(found(call))
+        assert message in str(report(call))
     else:
         start(call)
 
@@ -122,7 +122,7 @@ def test_limits(floats: int, threads: int, message: str | None) -> None:
     ],
 )
 def test_guards(body: str, guard: Guard, message: str) -> None:
-    error = found(two_groups(body), guard=guard)
+    error = report(two_groups(body), guard=guard)
     assert message in str(error)
     assert error.kind == message.split(":")[0] if ":" in message else error.kind == "guard"
 
@@ -130,7 +130,7 @@ def test_guards(body: str, guard: Guard, message: str) -> None:
 def test_a_full_stack_is_an_error() -> None:
     body = """thread float big[200000]; big[uint(a[lane])] = 1.0f;
       for (uint n = 0; n < 200000u; n += 64) big[n] += a[n & 1023u]; y[lane] = big[7];"""
-    assert found(two_groups(body)).kind == "guard"
+    assert report(two_groups(body)).kind == "guard"
 
 
 def test_guards_let_pass_what_is_right() -> None:
@@ -144,9 +144,9 @@ def test_forbidden_ranges() -> None:
     used, spared = two_groups("y[lane] = a[lane + 31];"), two_groups("y[lane] = a[lane];")
     idle = two_groups("simd_sum(a[lane + 31]); y[lane] = 1.0f;")
     forbidden = {"a": [(4 * 32, 4096)]}
-    assert found(used, forbidden=forbidden).kind == "forbidden"
-    assert found(used, "asan", forbidden=forbidden).kind == "use-after-poison"
-    assert found(idle, "asan", forbidden=forbidden).kind == "use-after-poison"
+    assert report(used, forbidden=forbidden).kind == "forbidden"
+    assert report(used, "asan", forbidden=forbidden).kind == "use-after-poison"
+    assert report(idle, "asan", forbidden=forbidden).kind == "use-after-poison"
     start(idle, forbidden=forbidden)
     for build in ("plain", "asan"):
         start(spared, build, forbidden=forbidden)
@@ -169,7 +169,7 @@ def test_forbidden_ranges() -> None:
     ],
 )
 def test_address_and_undefined_behaviour_sanitizer(body: str, message: str) -> None:
-    assert message in str(found(two_groups(body), "asan"))
+    assert message in str(report(two_groups(body), "asan"))
 
 
 EXCHANGE = "threadgroup float t[64]; t[i] = a[i];"
@@ -210,7 +210,7 @@ RACES = [
 def test_thread_sanitizer(body: str, race: bool) -> None:
     for schedule in (0, 1, 2):
         if race:
-            assert found(two_groups(body), "tsan", schedule=schedule).kind == "data race"
+            assert report(two_groups(body), "tsan", schedule=schedule).kind == "data race"
         else:
             start(two_groups(body), "tsan", schedule=schedule)
 
@@ -249,7 +249,7 @@ def test_a_missing_tool_skips_but_fails_in_ci(monkeypatch: pytest.MonkeyPatch) -
         compiler.unavailable(compiler.NO_CLANG)
 
 
-def test_compile_errors_are_told() -> None:
+def test_compile_errors_are_reported() -> None:
     with pytest.raises(compiler.CompileError, match="nonsense"):
         start(two_groups("y[0] = nonsense;"))
 

@@ -25,7 +25,7 @@ SCHEDULES = (0, 1, 2)
 ZEROS = np.zeros(8, np.float32)
 
 
-# -- what threads are given ----------------------------------------------------------------------
+# -- the indices of threads ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -80,9 +80,9 @@ def test_simdgroup_operations(operation: str, want: Any, schedule: int) -> None:
         *(body, [mx.zeros((64,))], [(64,), (64,)]), grid=(64, 1, 1), threadgroup=(64, 1, 1)
     )
     a = np.random.default_rng(3).permutation(64).astype(np.float32)
-    for got, given in zip(run(call, [a], schedule=schedule), (a, a[::-1]), strict=True):
+    for got, values in zip(run(call, [a], schedule=schedule), (a, a[::-1]), strict=True):
         for half in (slice(0, 32), slice(32, 64)):
-            expected = want(given[half])
+            expected = want(values[half])
             assert (got[half][: len(expected)] == expected).all()
 
 
@@ -110,8 +110,8 @@ def test_facts_scalars_and_template_arguments() -> None:
       y[3] = b; y[4] = c[3]; y[5] = float(N); y[6] = FLAG ? 1.0f : 0.0f; }"""
     arrays = [mx.zeros((3, 5)), mx.array(0.0), mx.zeros((4,))]
     call = one_kernel(body, arrays, [(8,)], template=[("N", -7), ("FLAG", True)])
-    given = [np.zeros((3, 5), "f4"), np.array(2.5, "f4"), np.arange(4.0, dtype="f4")]
-    (got,) = run(call, given)
+    arrays = [np.zeros((3, 5), "f4"), np.array(2.5, "f4"), np.arange(4.0, dtype="f4")]
+    (got,) = run(call, arrays)
     assert got[:7].tolist() == [5, 5, 2, 2.5, 3, -7, 1]
     assert np.isnan(got[7])  # what nobody wrote
 
@@ -128,10 +128,10 @@ def test_threadgroup_memory_is_fresh() -> None:
 
 
 def test_emulated_runs_between_operations_of_mlx() -> None:
-    make = mx.fast.metal_kernel
+    own = mx.fast.metal_kernel
     with emulated(schedule=1) as calls:
-        made: Any = mx.fast.metal_kernel
-        kernel = made(
+        make: Any = mx.fast.metal_kernel
+        kernel = make(
             name="add",
             input_names=["a", "b"],
             output_names=["y"],
@@ -150,7 +150,7 @@ def test_emulated_runs_between_operations_of_mlx() -> None:
         got = (y * 2).tolist()
     assert got == [(2 * i + 1) * 2 if i != 3 else -8 for i in range(64)]
     assert [call.inputs[1].shape for call in calls] == [()]
-    assert mx.fast.metal_kernel is make
+    assert mx.fast.metal_kernel is own
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32, mx.uint32, mx.bool_])

@@ -1,5 +1,5 @@
 """Would we notice? Bugs are planted in the text of our kernels, one at a time, and every one has to
-be caught by the detectors that are named beside it. `pytest -s` prints who caught what."""
+be caught by the detectors that are named beside it. `pytest -s` prints the table."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CLAMP = "metal::min(row0 + uint(r), uint(OUT - 1))"
 COMMON, GATE, PLANES = "moe_common.h", f"{GATE_UP}.metal", "gate and up of planes"
 
 BUGS = [
-    Bug("order of codes", GATE_UP, "SPLIT>(v, i);", "SPLIT>(v, i ^ 1);", "wrong", COMMON),
+    Bug("order of codes", GATE_UP, "TWO_PLANES>(v, i);", "TWO_PLANES>(v, i ^ 1);", "wrong", COMMON),
     Bug("x not scaled", GATE_UP, "if (BITS != 3) xs[i]", "if (false) xs[i]", "wrong", COMMON),
     Bug(
         *("bfloat16 halves", GATE_UP, "as_type<float>(w[i] << 16)", "as_type<float>(w[i])"),
@@ -60,8 +60,8 @@ BUGS = [
     Bug("tile never full", GATE_UP, " && uint(t) < count", "", "guard asan"),
     Bug("all lanes store", GATE_UP, "lane == 0 && row", "row", "tsan"),
     Bug(
-        *("misaligned cast", GATE_UP, "(const device S*)record + (whole ? GRS"),
-        *("(const device S*)((const device uchar*)record + 1) + (whole ? GRS", "wrong asan"),
+        *("misaligned cast", GATE_UP, "(const device S*)record + (full ? GRS"),
+        *("(const device S*)((const device uchar*)record + 1) + (full ? GRS", "wrong asan"),
     ),
     Bug(
         *("simd_sum under if (lane < 16)", GATE_UP, "const float u = simd_sum(up[r][t]);"),
@@ -94,15 +94,13 @@ BUGS = [
     Bug("no row guard", "combine", "row < uint(OUT)", "true", "guard asan tsan"),
     Bug("place ignored", "combine", "ulong(place[pair])", "ulong(pair)", "wrong"),
     Bug("second plane misread", PLANES, "lo >> 2 &", "lo &", "wrong", COMMON),
-    Bug("second plane kept by all", PLANES, "low[i] & keep", "low[i]", "wrong", COMMON),
+    Bug("second plane used by all", PLANES, "low[i] & keep", "low[i]", "wrong", COMMON),
     Bug("codes not lined up", PLANES, "i % 16 / 2 * 4", "i % 16 * 4", "wrong", COMMON),
-    Bug("first plane's scale for both", PLANES, "whole ? GRS : GS", "GS", "wrong asan", GATE),
+    Bug("first plane's scale for both", PLANES, "full ? GRS : GS", "GS", "wrong asan", GATE),
     # Read and not used: only ASan sees it.
-    Bug("second plane read by all", PLANES, "whole ? URW : UW", "true ? URW : UW", "asan", GATE),
+    Bug("second plane read by all", PLANES, "full ? URW : UW", "true ? URW : UW", "asan", GATE),
     Bug("scale not divided", PLANES, "? 0.25f", "? 1.0f", "wrong", GATE),
-    Bug(
-        "choice left in the slot", PLANES, "tiles[tile] & ~MOE_WHOLE", "tiles[tile]", "guard", GATE
-    ),
+    Bug("choice left in the slot", PLANES, "tiles[tile] & ~MOE_FULL", "tiles[tile]", "guard", GATE),
     Bug("ties to the highest", "router_topk", "v[i] > best", "v[i] >= best", "wrong"),
     Bug("an expert too many", "router_topk", "lane < uint(K)", "lane <= uint(K)", "canary asan"),
     Bug("no expert guard", "router_topk", "v[i] = e < uint(N) ?", "v[i] = true ?", "guard asan"),
@@ -115,9 +113,9 @@ def _table() -> Iterator[None]:
     yield
     width = max(map(len, SEEN), default=0)
     print(f"\n{'planted bug':{width}} | {' | '.join(DETECTORS)}")
-    for name, found in SEEN.items():
-        marks = " | ".join(("x" if d in found else "").center(len(d)) for d in DETECTORS)
-        print(f"{name:{width}} | {marks} {', '.join(sorted(set(found.values()) - {'x'}))}")
+    for name, reports in SEEN.items():
+        marks = " | ".join(("x" if d in reports else "").center(len(d)) for d in DETECTORS)
+        print(f"{name:{width}} | {marks} {', '.join(sorted(set(reports.values()) - {'x'}))}")
 
 
 def play(
@@ -136,31 +134,31 @@ def play(
 
 
 def detect(scene: Scene) -> dict[str, str]:
-    """Which detectors have something to say, and what."""
-    found: dict[str, str] = {}
+    """Which detectors report something, and what."""
+    reports: dict[str, str] = {}
     outcomes: set[bytes] = set()
     for schedule in (0, 1, 2):
         for guard in ("end", "start"):
             try:
                 outputs = play(scene, schedule=schedule, guard=guard)
             except EmulatorError as error:
-                found.setdefault(error.kind, "x")
+                reports.setdefault(error.kind, "x")
                 continue
             outcomes.add(b"".join(np.array(y).tobytes() for y in outputs))
             if not scene.right(outputs):
-                found["wrong"] = "x"
+                reports["wrong"] = "x"
     if len(outcomes) > 1:
-        found["schedules"] = "x"
+        reports["schedules"] = "x"
     builds: tuple[Build, ...] = ("plain", "asan", "tsan")
     for build in builds:
         try:
             play(scene, build, forbidden=scene.forbidden)
         except EmulatorError as error:
             if build != "plain":
-                found[build] = error.kind
+                reports[build] = error.kind
             elif error.kind == "forbidden":
-                found["forbidden"] = "x"
-    return found
+                reports["forbidden"] = "x"
+    return reports
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.scene}: {bug.name}")
@@ -168,16 +166,16 @@ def test_caught(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
     original = shaders.text
 
     def text(name: str) -> str:
-        whole = original(name)
+        source = original(name)
         if name != bug.path:
-            return whole
-        assert whole.count(bug.old) == 1, f"{bug.old!r} is not once in {name}: plant it elsewhere"
-        return whole.replace(bug.old, bug.new)
+            return source
+        assert source.count(bug.old) == 1, f"{bug.old!r} is not once in {name}: plant it elsewhere"
+        return source.replace(bug.old, bug.new)
 
     text(bug.path)
     monkeypatch.setattr(shaders, "text", text)
-    found = SEEN[f"{bug.scene}: {bug.name}"] = detect(SCENES[bug.scene]())
-    assert set(bug.caught_by.split()) <= set(found), found
+    reports = SEEN[f"{bug.scene}: {bug.name}"] = detect(SCENES[bug.scene]())
+    assert set(bug.caught_by.split()) <= set(reports), reports
 
 
 @pytest.mark.parametrize("scene", SCENES)

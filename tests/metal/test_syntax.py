@@ -1,4 +1,4 @@
-"""What the front end must refuse, each beside the same text as it should be."""
+"""Texts that the front end must refuse, each beside the same text as it should be."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ CASES = [
 )
 def test_refused(body: str, header: str, complaint: str, good_body: str, good_header: str) -> None:
     a = [mx.zeros((64,))]
-    assert any(complaint in said for said in complaints(one_kernel(body, a, header=header)))
+    assert any(complaint in text for text in complaints(one_kernel(body, a, header=header)))
     assert complaints(one_kernel(good_body, a, header=good_header)) == []
 
 

@@ -1,220 +1,273 @@
-"""Other experts than a model would choose, fewer of them, and the weights that they have."""
+"""Other experts than a model would choose, fewer of them, in full or not, and their weights."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models import qwen3_moe, qwen3_next
+from mlx_lm.utils import load_model
 
-from flash_moe.checkpoint.folder import open_folder
-from flash_moe.errors import OptionError
-from flash_moe.model.load import Settings, StreamedModel, Weights, load
-from flash_moe.model.mixture import StreamedMixture
-from flash_moe.pack.job import plan_pack
-from flash_moe.pack.split_planes import make_planes
+from flash_moe.checkpoint.folder import open_folder, with_experts_per_token
+from flash_moe.errors import OptionError, Remedy
+from flash_moe.model.load import StreamedModel, load
+from flash_moe.model.mixture import Mixture
+from flash_moe.options import Phase, Settings
+from flash_moe.pack.job import PackJob
 from flash_moe.prefix.fingerprint import fingerprint
-from flash_moe.stream.choice import Choice
+from flash_moe.stream.choice import ExpertChoice
 from tests.architectures import random_model, write_checkpoint
+from tests.devices import GPU, RUNTIMES
+from tests.model.conftest import FAMILIES
 
 PROMPT = mx.array([[5, 9, 2, 77, 30, 8]])
+# Of logits of about ten: float32 rounding comes to 1e-5 to 1e-4, another expert or weight to 0.1
+# to 2.
+ROUNDING = 1e-3 if GPU else 1e-4
+
+Logits = np.ndarray
 
 
-def logits(folder: Path, **settings: object) -> np.ndarray:
-    model = load(folder, Settings(**settings))  # type: ignore[arg-type]
+@contextmanager
+def loaded(folder: Path, **settings: Any) -> Iterator[StreamedModel]:
+    model = load(folder, Settings(**settings))
     try:
-        return np.array(model(PROMPT, cache=model.make_cache()).astype(mx.float32))
+        yield model
     finally:
         model.close()
 
 
-def near(found: np.ndarray, wanted: np.ndarray, tolerance: float) -> None:
-    np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance)
+def as_numpy(logits: mx.array) -> Logits:
+    return np.array(logits.astype(mx.float32))
 
 
-class FirstTwo:
-    def cached(self, layer: int, expert: int, whole: bool) -> bool:
-        return expert < 2
+def logits(folder: Path, *, phase: Phase = "prompt", **settings: Any) -> Logits:
+    with loaded(folder, **settings) as model:
+        model.streamer.phase = phase
+        return as_numpy(model(PROMPT, cache=model.make_cache()))
 
 
-def test_without_a_cut_there_is_nothing_to_keep(demo_folder: Path) -> None:
-    for runtime in ("native", "mlx"):
-        own = logits(demo_folder, runtime=runtime)
-        assert (logits(demo_folder, runtime=runtime, weights="keep") == own).all()
-        assert (logits(demo_folder, runtime=runtime, weights="keep", experts=4) == own).all()
+def assert_near(got: Logits, expected: Logits, tolerance: float = ROUNDING) -> None:
+    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_kept_weights_are_those_among_all(demo_folder: Path) -> None:
-    """The experts beyond the cut are taken out of the full mixture by setting their weights to
-    nothing; all others stay as they are."""
-    model = load(demo_folder, Settings(runtime="mlx"))
-    wanted = np.array(_cut_by_hand(model, keep=2).astype(mx.float32))
-    model.close()
-    for runtime in ("mlx", "native"):
-        kept = logits(demo_folder, runtime=runtime, experts=2)
-        near(kept, wanted, 1e-3)
-        assert (kept == logits(demo_folder, runtime=runtime, experts=2, weights="keep")).all()
-        other = logits(demo_folder, runtime=runtime, experts=2, weights="renormalise")
-        assert abs(other - wanted).max() > 1e-2
+def assert_repeated(got: Logits, expected: Logits) -> None:
+    """Of the same computation twice: the same bits on a CPU."""
+    assert_near(got, expected, ROUNDING if GPU else 0)
 
 
-def _cut_by_hand(model: StreamedModel, keep: int = 9, least: float = 0.0) -> mx.array:
-    from mlx_lm.models import qwen3_next
+# -- fewer experts --------------------------------------------------------------------------------
 
-    block = qwen3_next.Qwen3NextSparseMoeBlock
 
-    def cut(self: object, x: mx.array) -> mx.array:
-        odds = mx.softmax(self.gate(x), axis=-1, precise=True)  # type: ignore[attr-defined]
-        ids = mx.argsort(-odds, axis=-1)[..., : self.top_k]  # type: ignore[attr-defined]
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_the_models_own_number_of_experts_changes_nothing(family: Path, runtime: str) -> None:
+    own = logits(family, runtime=runtime)
+    assert_repeated(logits(family, runtime=runtime, experts=4), own)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("experts", [1, 2, 3])
+def test_fewer_experts_keep_the_weights_that_they_have_among_all(
+    family: Path, runtime: str, experts: int
+) -> None:
+    """The same as all experts, with the weights of those beyond the cut set to nothing."""
+    expected = cut_by_hand(family, experts)
+    assert_near(logits(family, runtime=runtime, experts=experts), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_mlx_lms_own_cut_renormalises(families: dict[str, Path], name: str) -> None:
+    """The reason for the reference above: the experts that mlx-lm leaves share all of the weight,
+    if the architecture renormalises at all."""
+    config = with_experts_per_token(open_folder(families[name]).config, 2)
+    model, _ = load_model(families[name], model_config=config)
+    difference = abs(as_numpy(model(PROMPT)) - cut_by_hand(families[name], 2)).max()
+    assert (difference > 0.01) == (name != "qwen3_moe raw")
+
+
+def cut_by_hand(folder: Path, experts: int) -> Logits:
+    """mlx-lm's model, everything resident, whose blocks leave out all but the weightiest."""
+    model, _ = load_model(folder)
+
+    def block(self: Any, x: mx.array) -> mx.array:
+        odds = mx.softmax(self.gate(x), axis=-1, precise=True)
+        ids = mx.argsort(-odds, axis=-1)[..., : self.top_k]
         weights = mx.take_along_axis(odds, ids, axis=-1)
-        weights = weights / weights.sum(axis=-1, keepdims=True)
-        rank = mx.arange(weights.shape[-1])
-        weights = mx.where(rank < keep, weights, 0)
-        weights = mx.where((weights >= least) | (rank == 0), weights, 0)
-        y = (self.switch_mlp(x, ids) * weights[..., None]).sum(axis=-2)  # type: ignore[attr-defined]
-        gate, shared = self.shared_expert_gate, self.shared_expert  # type: ignore[attr-defined]
-        return y + mx.sigmoid(gate(x)) * shared(x)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        weights = mx.where(mx.arange(weights.shape[-1]) < experts, weights, 0)
+        y: mx.array = (self.switch_mlp(x, ids) * weights[..., None]).sum(axis=-2)
+        if "shared_expert" in self:
+            y = y + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        return y
 
-    own, block.__call__ = block.__call__, cut
-    try:
-        found = model(PROMPT, cache=model.make_cache())
-        mx.eval(found)
-        return found
-    finally:
-        block.__call__ = own
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qwen3_next.Qwen3NextSparseMoeBlock, "__call__", block)
+        patch.setattr(qwen3_moe.Qwen3MoeSparseMoeBlock, "__call__", block)
+        return as_numpy(model(PROMPT))
+
+
+def test_the_choice_is_described(family: Path) -> None:
+    with loaded(family, experts=2) as model:
+        assert model.lossy == ["2 experts of 4 a token, with the weights they have among all"]
+    with loaded(family) as model:
+        assert model.lossy == []
+
+
+def test_a_saved_prompt_belongs_to_one_choice(planes: Path) -> None:
+    choices: list[dict[str, Any]] = [
+        {},
+        {"experts": 2},
+        {"full_experts": 1},
+        {"full_experts": 2},
+        {"full_experts": 1, "full_experts_in": ("prompt",)},
+        {"cache_tolerance": 0.5},
+    ]
+    identities = []
+    for settings in choices:
+        with loaded(planes, **settings) as model:
+            identities.append(fingerprint(model))
+    assert len(set(identities)) == len(choices)
+
+
+# -- two planes -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def planes(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("planes") / "pack"
-    plan_pack(open_folder(demo_folder), target, recast=make_planes()).write()
-    return target
+def plane_packs(
+    families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    packs = {name: tmp_path_factory.mktemp("planes") / "pack" for name in FAMILIES}
+    for name, target in packs.items():
+        PackJob.plan(families[name], target, planes=True).write()
+    return packs
 
 
-@pytest.mark.parametrize("runtime", ["mlx", "native"])
-def test_with_all_bits_planes_are_the_model(demo_folder: Path, planes: Path, runtime: str) -> None:
-    own = logits(demo_folder, runtime=runtime)
-    assert (logits(planes, runtime=runtime) == own).all()
-    # By rank, experts are added up in another order than mlx-lm's.
-    near(logits(planes, runtime=runtime, whole=4), own, 0 if runtime == "native" else 1e-4)
-    near(logits(planes, runtime=runtime, whole=0, whole_in=("prompt",)), own, 1e-4)
-    errors = [abs(logits(planes, runtime=runtime, whole=n) - own).mean() for n in range(4)]
+@pytest.fixture(params=FAMILIES)
+def planes(request: pytest.FixtureRequest, plane_packs: dict[str, Path]) -> Path:
+    return plane_packs[request.param]
+
+
+@pytest.fixture(params=FAMILIES)
+def source_and_planes(
+    request: pytest.FixtureRequest, families: dict[str, Path], plane_packs: dict[str, Path]
+) -> tuple[Path, Path]:
+    return families[request.param], plane_packs[request.param]
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_planes_in_full_are_the_model(source_and_planes: tuple[Path, Path], runtime: str) -> None:
+    source, planes = source_and_planes
+    own = logits(source, runtime=runtime)
+    assert_repeated(logits(planes, runtime=runtime), own)
+    # By rank, plain MLX adds the experts up in another order than mlx-lm's block.
+    by_rank = logits(planes, runtime=runtime, full_experts=4)
+    assert_near(by_rank, own, 0 if runtime == "native" else ROUNDING)
+    in_prompt: dict[str, Any] = {"full_experts": 0, "full_experts_in": ("prompt",)}
+    assert_near(logits(planes, runtime=runtime, **in_prompt), own)
+    errors = [abs(logits(planes, runtime=runtime, full_experts=n) - own).mean() for n in range(4)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] > 1e-3
 
 
-def test_bytes_are_those_of_the_planes_that_are_wanted(planes: Path) -> None:
-    model = load(planes)
-    layout = model.streamer.store.layers[0].layout
-    model.close()
-    assert layout.first_bytes < layout.stride
-    for whole, occasion in ((None, "reply"), (0, "reply"), (1, "reply"), (0, "grammar")):
-        model = load(planes, Settings(whole=whole, whole_in=("grammar",) if whole == 0 else ()))
-        model.streamer.occasion = occasion
-        mx.eval(model(PROMPT[:, :1], cache=model.make_cache()))
-        both = 4 if whole is None or occasion == "grammar" else whole
-        found = model.streamer.reader.counters.nbytes
-        assert found == 4 * (both * layout.stride + (4 - both) * layout.first_bytes)
-        model.close()
-
-
-def test_planes_of_a_router_that_is_not_known(tmp_path: Path) -> None:
-    """All experts are alike then: whole, or none but where all are."""
-    write_checkpoint(*random_model("qwen3_moe", bits=4), tmp_path / "m")
-    plan_pack(open_folder(tmp_path / "m"), tmp_path / "p", recast=make_planes()).write()
-    own, first = logits(tmp_path / "m"), logits(tmp_path / "p", whole=0)
-    assert (logits(tmp_path / "p") == own).all()
-    assert (logits(tmp_path / "p", whole=0, whole_in=("prompt",)) == own).all()
-    assert abs(first - own).max() > 1e-3
-    with pytest.raises(OptionError, match="whole=1: not known how"):
-        load(tmp_path / "p", Settings(whole=1))
-
-
-def test_planes_are_asked_for_where_there_are_some(demo_folder: Path) -> None:
-    with pytest.raises(OptionError, match=r"not in two planes.*pack SOURCE --planes"):
-        load(demo_folder, Settings(whole=2))
-    with pytest.raises(OptionError, match="whole_in goes with whole"):
-        load(demo_folder, Settings(whole_in=("prompt",)))
-
-
+@pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize(
-    ("weights", "words"),
-    [
-        ("auto", "2 experts of 4 a token, with the weights they have among all"),
-        ("keep", "2 experts of 4 a token, with the weights they have among all"),
-        ("renormalise", "2 experts of 4 a token"),
-    ],
+    ("full_experts", "phase", "both"),
+    [(None, "reply", 4), (0, "reply", 0), (1, "reply", 1), (3, "reply", 3), (0, "grammar", 4)],
 )
-def test_the_choice_is_named(demo_folder: Path, weights: Weights, words: str) -> None:
-    model = load(demo_folder, Settings(experts=2, weights=weights))
-    assert model.plan.lossy == [words]
-    model.close()
+def test_only_the_planes_that_are_needed_are_read(
+    planes: Path, runtime: str, full_experts: int | None, phase: Phase, both: int
+) -> None:
+    where = ("grammar",) if full_experts == 0 else None
+    settings = {"full_experts": full_experts, "full_experts_in": where, "runtime": runtime}
+    with loaded(planes, **settings) as model:
+        layout = model.streamer.store.layers[0].layout
+        assert layout.first_plane_bytes < layout.stride
+        model.streamer.phase = phase
+        mx.eval(model(PROMPT[:, :1], cache=model.make_cache()))
+        a_layer = both * layout.stride + (4 - both) * layout.first_plane_bytes
+        assert model.streamer.reader.counters.nbytes == model.plan.layers * a_layer
 
 
-def test_a_kept_state_is_of_one_choice_alone(demo_folder: Path) -> None:
-    def identity(weights: Weights) -> str:
-        model = load(demo_folder, Settings(experts=2, weights=weights))
-        model.close()
-        return fingerprint(model)
-
-    assert identity("auto") == identity("keep") != identity("renormalise")
-
-
-def test_light_experts_are_neither_computed_nor_read(demo_folder: Path) -> None:
-    model = load(demo_folder, Settings(runtime="mlx"))
-    wanted = np.array(_cut_by_hand(model, least=0.2).astype(mx.float32))
-    model.close()
-    for runtime in ("mlx", "native"):
-        own, some = (Settings(runtime=runtime, skip_below=least) for least in (1e-9, 0.2))
-        plain = logits(demo_folder, runtime=runtime)
-        near(logits(demo_folder, **asdict(own)), plain, 0 if runtime == "native" else 1e-4)
-        near(logits(demo_folder, **asdict(some)), wanted, 1e-3)
-        read = []
-        for settings in (own, some):
-            model = load(demo_folder, settings)
-            mx.eval(model(PROMPT[:, :1], cache=model.make_cache()))
-            read.append(model.streamer.reader.counters.experts)
-            model.close()
-        assert read[1] < read[0] == 4 * 4
-        assert model.plan.lossy == ["experts of a weight below 0.2 skipped"]
+def test_planes_of_a_router_whose_formula_is_not_known(tmp_path: Path, on_cpu: None) -> None:
+    """There, experts have no rank: all are computed in full, or none."""
+    write_checkpoint(*random_model("qwen2_moe", bits=4), tmp_path / "m")
+    PackJob.plan(tmp_path / "m", tmp_path / "p", planes=True).write()
+    own, first = logits(tmp_path / "m"), logits(tmp_path / "p", full_experts=0)
+    assert (logits(tmp_path / "p") == own).all()
+    in_prompt = logits(tmp_path / "p", full_experts=0, full_experts_in=("prompt",))
+    assert (in_prompt == own).all()
+    assert abs(first - own).max() > 1e-3
+    with pytest.raises(OptionError, match="full_experts is not supported for qwen2_moe"):
+        load(tmp_path / "p", Settings(full_experts=1))
 
 
-@pytest.mark.parametrize("runtime", ["mlx", "native"])
-def test_with_everything_cached_nothing_is_exchanged(demo_folder: Path, runtime: str) -> None:
-    """What was just written or read is in the page cache; and prompts are never touched."""
-    own = logits(demo_folder, runtime=runtime, experts=2)
-    for occasion in ("reply", "prompt"):
-        model = load(demo_folder, Settings(runtime=runtime, experts=2, prefer_cached=0.9))
-        model.streamer.occasion = occasion
-        found = np.array(model(PROMPT, cache=model.make_cache()).astype(mx.float32))
-        model.close()
-        near(found, own, 1e-4)
+def test_full_experts_need_two_planes(demo_folder: Path) -> None:
+    with pytest.raises(OptionError, match="not packed in two planes") as failure:
+        load(demo_folder, Settings(full_experts=2))
+    assert failure.value.remedy is Remedy.PACK_IN_PLANES
+    with pytest.raises(OptionError, match="full_experts_in needs full_experts"):
+        load(demo_folder, Settings(full_experts_in=("prompt",)))
 
 
-def test_what_is_not_cached_gives_way(demo_folder: Path) -> None:
-    """As if half of the experts were on the disk alone: which is what the layers are told."""
-    model = load(demo_folder, Settings(experts=2, prefer_cached=0.99))
-    model.streamer.occasion = "reply"
-    for _, module in model.model.named_modules():
-        if isinstance(module, StreamedMixture):
-            object.__setattr__(module, "_residency", FirstTwo())
-    seen: list[np.ndarray] = []
-    model.streamer.watch = lambda layer, chosen: seen.append(chosen)
-    mx.eval(model(PROMPT, cache=model.make_cache()))
-    model.close()
-    assert len(seen) == 4
-    assert all(np.sort(chosen, axis=1).tolist() == [[0, 1]] * 6 for chosen in seen)
+# -- cached experts -------------------------------------------------------------------------------
 
 
-def test_where_the_formula_is_not_known(tmp_path: Path) -> None:
-    write_checkpoint(*random_model("qwen3_moe"), tmp_path / "m")
-    with pytest.raises(OptionError, match="weights=keep: not known how for qwen3_moe"):
-        load(tmp_path / "m", Settings(experts=1, weights="keep"))
-    for unknown in ({"skip_below": 0.1}, {"prefer_cached": 0.1}):
-        with pytest.raises(OptionError, match=f"{next(iter(unknown))}: not known how"):
-            load(tmp_path / "m", Settings(**unknown))
-    model = load(tmp_path / "m", Settings(experts=1))
-    assert model.plan.choice == Choice(k=1, routed=1, renormalise=False)
-    model.close()
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("phase", ["reply", "prompt"])
+def test_with_everything_cached_nothing_is_exchanged(
+    family: Path, runtime: str, phase: Phase
+) -> None:
+    """A file that was just read is in the page cache; and prompts never exchange experts."""
+    own = logits(family, runtime=runtime, experts=2)
+    tolerant: dict[str, Any] = {"runtime": runtime, "experts": 2, "cache_tolerance": 0.9}
+    assert_near(logits(family, phase=phase, **tolerant), own)
+
+
+class FirstTwo:
+    """As if all other experts were on the disk alone."""
+
+    def cached(self, layer: int, expert: int, full: bool) -> bool:
+        return expert < 2
+
+
+def mixtures(model: StreamedModel) -> list[Mixture]:
+    modules: list[tuple[str, nn.Module]] = model.model.named_modules()
+    return [module for _, module in modules if isinstance(module, Mixture)]
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("phase", ["reply", "prompt"])
+def test_experts_that_are_not_cached_give_way_in_replies(
+    family: Path, runtime: str, phase: Phase
+) -> None:
+    observed: list[np.ndarray] = []
+    with loaded(family, runtime=runtime, experts=2, cache_tolerance=0.99) as model:
+        model.streamer.phase = phase
+        blocks = mixtures(model)
+        assert len(blocks) == model.plan.layers
+        for block in blocks:
+            block.residency = FirstTwo()  # type: ignore[assignment]
+        model.streamer.observer = lambda layer, ids: observed.append(ids)
+        mx.eval(model(PROMPT, cache=model.make_cache()))
+    assert len(observed) == len(blocks)
+    exchanged = [np.sort(ids, axis=1).tolist() == [[0, 1]] * 6 for ids in observed]
+    assert all(exchanged) == (phase == "reply")
+
+
+# -- where the formula is not known ---------------------------------------------------------------
+
+
+def test_choices_are_refused_where_the_formula_is_not_known(tmp_path: Path) -> None:
+    write_checkpoint(*random_model("qwen2_moe"), tmp_path / "m")
+    with pytest.raises(OptionError, match="cache_tolerance is not supported for qwen2_moe"):
+        load(tmp_path / "m", Settings(cache_tolerance=0.1))
+    with loaded(tmp_path / "m", experts=1) as model:
+        assert model.choice == ExpertChoice(k=1, routed=1, renormalise=False)
+        assert model.lossy == ["1 experts of 2 a token"]

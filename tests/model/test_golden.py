@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from flash_moe.checkpoint.folder import open_folder
-from flash_moe.model.load import Settings, load
-from flash_moe.pack.job import plan_pack
+from flash_moe.model.load import load
+from flash_moe.options import Settings
+from flash_moe.pack.job import PackJob
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "qwen3_5_moe"
 # float32 against float64: 1.6e-4 for a larger model of this kind.
@@ -21,7 +21,7 @@ TOLERANCE = 1e-3
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "in place":
         return GOLDEN
-    plan_pack(open_folder(GOLDEN), tmp_path / "packed").write()
+    PackJob.plan(GOLDEN, tmp_path / "packed").write()
     return tmp_path / "packed"
 
 

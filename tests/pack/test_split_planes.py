@@ -1,4 +1,5 @@
-"""Two planes: exactly the source's codes together, and alone the best that their codes allow."""
+"""Both planes together are exactly the source's codes; the first alone is the best that its codes
+allow."""
 
 from __future__ import annotations
 
@@ -10,13 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flash_moe.errors import CheckpointError
-from flash_moe.format.layout import CODES, RESTS, Quantization
-from flash_moe.pack.split_planes import BLOCK, fit_line, split, two_planes
+from flash_moe.arrays import mlx_dtype
+from flash_moe.errors import CheckpointError, Remedy
+from flash_moe.format.layout import AFFINE, SECOND_PLANE, Quantization
+from flash_moe.pack.split_planes import BLOCK, fit_line, split_codes, split_planes
+from tests.kernels.reference import UNIT, unpack
 from tests.kernels.reference import pack as pack_codes
-from tests.kernels.reference import unpack
-
-ROUNDING = {"float32": 2**-24, "float16": 2**-11, "bfloat16": 2**-8}
 
 
 def words(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -24,11 +24,11 @@ def words(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def matrix(codes: np.ndarray, group: int, dtype: str, seed: int) -> dict[str, mx.array]:
-    """Of 4 bits, with any scales."""
+    """A matrix of 4 bits, with random scales."""
     random = np.random.default_rng(seed)
     shape = (len(codes), codes.shape[1] // group)
     scales, biases = (mx.array(random.standard_normal(shape).astype(np.float32)) for _ in range(2))
-    kind = getattr(mx, dtype)
+    kind = mlx_dtype(dtype)
     return {
         "weight": mx.array(words(codes, 4)),
         "scales": scales.astype(kind),
@@ -42,7 +42,7 @@ def wide(array: mx.array) -> np.ndarray:
 
 @st.composite
 def code_matrices(draw: st.DrawFn) -> tuple[np.ndarray, int]:
-    """Codes [rows, columns] and the group size: of any spread, constant ones among them."""
+    """Codes [rows, columns] of any spread, constant groups among them, and the group size."""
     group = draw(st.sampled_from([32, 64, 128]))
     rows, groups = draw(st.integers(1, 5)), draw(st.integers(1, 4))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -68,33 +68,33 @@ def importance_of(kind: str, columns: int, seed: int) -> np.ndarray | None:
 
 
 @given(code_matrices())
-@settings(max_examples=60, deadline=None)
-def test_planes_are_the_codes(made: tuple[np.ndarray, int]) -> None:
-    codes, _ = made
-    high, low = split(words(codes, 4))
+@settings(max_examples=60)
+def test_planes_are_the_codes(matrices: tuple[np.ndarray, int]) -> None:
+    codes, _ = matrices
+    high, low = split_codes(words(codes, 4))
     assert np.array_equal(unpack(high.view(np.uint8), 2), codes >> 2)
     assert np.array_equal(unpack(low.view(np.uint8), 2), codes & 3)
 
 
-def test_blocks_of_rows_are_all_there() -> None:
-    """A matrix of several blocks, and a last one that is not full."""
+def test_no_block_of_rows_is_left_out() -> None:
+    """A matrix of several blocks, the last of which is not full."""
     columns = 256
     rows = 2 * BLOCK // columns + 3
     codes = np.random.default_rng(0).integers(0, 16, (rows, columns), np.uint8)
-    high, low = split(words(codes, 4))
+    high, low = split_codes(words(codes, 4))
     assert np.array_equal(4 * unpack(high.view(np.uint8), 2) + unpack(low.view(np.uint8), 2), codes)
-    whole = fit_line(words(codes, 4), 64)
+    line = fit_line(words(codes, 4), 64)
     for at in (0, BLOCK // columns, rows - 1):
         alone = fit_line(words(codes[at : at + 1], 4), 64)
-        assert np.array_equal(whole.slope[at], alone.slope[0])
+        assert np.array_equal(line.slope[at], alone.slope[0])
 
 
 @given(code_matrices(), importances, st.integers(0, 2**32 - 1))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_the_line_is_that_of_least_squares(
-    made: tuple[np.ndarray, int], kind: str, seed: int
+    matrices: tuple[np.ndarray, int], kind: str, seed: int
 ) -> None:
-    codes, group = made
+    codes, group = matrices
     importance = importance_of(kind, codes.shape[1], seed)
     line = fit_line(words(codes, 4), group, importance)
     weights = np.ones(codes.shape[1]) if importance is None else importance.astype(float)
@@ -111,36 +111,36 @@ def test_the_line_is_that_of_least_squares(
         def error(a: float, b: float, q: np.ndarray = q, root: np.ndarray = root) -> float:
             return float((((a * (q // 4) + b - q) * root) ** 2).sum())
 
-        found = error(slope, intercept)
-        assert found <= error(*best) + 1e-9
+        least = error(slope, intercept)
+        assert least <= error(*best) + 1e-9
         for a, b in ((1e-3, 0), (-1e-3, 0), (0, 1e-3), (0, -1e-3), (1e-3, -1e-3), (-1e-3, 1e-3)):
-            assert found <= error(slope + a, intercept + b) + 1e-12
+            assert least <= error(slope + a, intercept + b) + 1e-12
         if len(np.unique((q // 4)[v > 0])) == 1:
             assert slope == 0
             assert np.isclose(intercept, (q * v).sum() / v.sum(), atol=1e-9)
 
 
-@given(code_matrices(), st.sampled_from(sorted(ROUNDING)), importances, st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@given(code_matrices(), st.sampled_from(sorted(UNIT)), importances, st.integers(0, 2**32 - 1))
+@settings(max_examples=60)
 def test_both_planes_are_the_source_and_the_first_is_the_line(
-    made: tuple[np.ndarray, int], dtype: str, kind: str, seed: int
+    matrices: tuple[np.ndarray, int], dtype: str, kind: str, seed: int
 ) -> None:
-    codes, group = made
+    codes, group = matrices
     arrays = matrix(codes, group, dtype, seed)
     importance = importance_of(kind, codes.shape[1], seed)
-    parts = two_planes(arrays, Quantization(4, group, "affine"), importance)
-    assert list(parts) == [*CODES, *RESTS]
-    for name in CODES[1:]:
+    parts = split_planes(arrays, Quantization(4, group, "affine"), importance)
+    assert list(parts) == [*AFFINE, *SECOND_PLANE]
+    for name in AFFINE[1:]:
         assert mx.array_equal(parts[f"rest_{name}"], arrays[name])
         assert parts[name].dtype == arrays[name].dtype
     high, low = (unpack(np.array(parts[p]).view(np.uint8), 2) for p in ("weight", "rest"))
     assert np.array_equal(4 * high + low, codes)
     line = fit_line(words(codes, 4), group, importance)
     scale, bias = wide(arrays["scales"]), wide(arrays["biases"])
-    wanted = scale * line.slope
+    exact = scale * line.slope
     got, offset = wide(parts["scales"]), wide(parts["biases"])
-    unit = 1.01 * ROUNDING[dtype]
-    assert np.all(np.abs(got - wanted) <= unit * np.abs(wanted) + 1e-7)
+    unit = 1.01 * UNIT[dtype]
+    assert np.all(np.abs(got - exact) <= unit * np.abs(exact) + 1e-7)
     # The bias is that of the scale as it was rounded.
     centered = scale * line.code_mean + bias - got * line.high_mean
     assert np.all(np.abs(offset - centered) <= unit * np.abs(centered) + 1e-6)
@@ -157,16 +157,16 @@ def test_light_columns_count_where_nothing_else_does() -> None:
 def test_gaussian_weights() -> None:
     mx.random.seed(5)
     weights = mx.random.normal((256, 1024))
-    four = dict(zip(CODES, mx.quantize(weights, 64, 4), strict=True))
-    parts = two_planes(four, Quantization(4, 64, "affine"))
+    four = dict(zip(AFFINE, mx.quantize(weights, 64, 4), strict=True))
+    parts = split_planes(four, Quantization(4, 64, "affine"))
 
-    def off(*of: mx.array, bits: int) -> float:
-        found = mx.dequantize(*of, group_size=64, bits=bits)
-        return float(mx.sqrt(((found - weights) ** 2).sum() / (weights**2).sum()))
+    def off(*parts: mx.array, bits: int) -> float:
+        wide = mx.dequantize(*parts, group_size=64, bits=bits)
+        return float(mx.sqrt(((wide - weights) ** 2).sum() / (weights**2).sum()))
 
-    first = off(*(parts[name] for name in CODES), bits=2)
+    first = off(*(parts[name] for name in AFFINE), bits=2)
     assert first == pytest.approx(0.349, abs=0.003)
-    # Without a fit: the middle of what each high half stands for.
+    # Without a fit: the middle of the four codes that each high half stands for.
     middle = four["biases"] + 1.5 * four["scales"]
     assert first < off(parts["weight"], 4 * four["scales"], middle, bits=2) - 0.01
 
@@ -174,11 +174,12 @@ def test_gaussian_weights() -> None:
 def test_weights_that_are_not_finite_are_refused() -> None:
     arrays = matrix(np.zeros((2, 64), np.uint8), 64, "float32", 0)
     arrays["biases"][1, 0] = mx.inf
-    with pytest.raises(CheckpointError, match="leave out --planes"):
-        two_planes(arrays, Quantization(4, 64, "affine"))
+    with pytest.raises(CheckpointError, match="without planes") as refusal:
+        split_planes(arrays, Quantization(4, 64, "affine"))
+    assert refusal.value.remedy is Remedy.PACK_WITHOUT_PLANES
 
 
 @pytest.mark.parametrize("wrong", [np.ones(63), np.full(64, -1), np.full(64, np.nan)])
-def test_importance_that_is_none_is_refused(wrong: np.ndarray) -> None:
+def test_unsound_importance_is_refused(wrong: np.ndarray) -> None:
     with pytest.raises(ValueError, match="importance has shape"):
         fit_line(words(np.zeros((2, 64), np.uint8), 4), 64, wrong.astype(np.float32))

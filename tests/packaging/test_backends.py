@@ -22,7 +22,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flash_moe.measure.mlx_library import Backends, find_backends
+from flash_moe.mlx_library import Backends, find_backends
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = "mlx/lib/libmlx.so"
@@ -201,7 +201,7 @@ def test_a_python_with_spaces_in_its_path(tmp_path: Path) -> None:
 
 def test_looking_imports_neither_mlx_nor_llm() -> None:
     code = (
-        "import sys; from flash_moe.measure.mlx_library import find_backends; find_backends(); "
+        "import sys; from flash_moe.mlx_library import find_backends; find_backends(); "
         "sys.exit(bool({'mlx', 'mlx.core', 'llm'} & set(sys.modules)))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "backend")}

@@ -12,7 +12,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 from llm.cli import cli
 
-from flash_moe.built_in import MODELS
+from flash_moe import BUILT_IN
 
 LLM = Path(sys.executable).with_name("llm")
 
@@ -57,8 +57,8 @@ def environment() -> dict[str, str]:
 def known() -> dict[str, Any]:
     """The models that the user has added or made, by name: the built-in one is always there."""
     models: dict[str, Any] = json.loads(works("flash-moe", "models", "--json").stdout)
-    assert list(models)[: len(MODELS)] == list(MODELS)
-    return {name: model for name, model in models.items() if name not in MODELS}
+    assert list(models)[: len(BUILT_IN)] == list(BUILT_IN)
+    return {name: model for name, model in models.items() if name not in BUILT_IN}
 
 
 def logged() -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import llm as llm_library
 import pytest
 
-from flash_moe.built_in import FOLDER, HELD_OUT, NAME
+from flash_moe.built_in import BUILT_IN, HELD_OUT, NAME
 from tests.plugin.terminal import fails, installed_llm, logged, works
 
 MULTIPLY = """
@@ -140,8 +140,8 @@ def test_a_stop_cuts_the_answer_and_not_the_thought() -> None:
 def test_context_length_is_kept_to() -> None:
     message = fails("-m", NAME, "-o", "context_length", 5, "What does os.path.join do?")
     assert message == (
-        "The conversation has 19 tokens, and -o context_length is 5: begin a new one, or leave "
-        "something out."
+        "The conversation has 19 tokens and context_length is 5, which leaves no room for a reply: "
+        "begin a new conversation, or leave something out. Or set a larger -o context_length."
     )
     ask("-o", "context_length", 23, "What does os.path.join do?")
     assert logged()[0]["response_json"]["generated_tokens"] == 4
@@ -193,20 +193,20 @@ def test_it_is_always_listed_and_cannot_be_replaced(tmp_path: Path) -> None:
     assert f"FlashMoE: {NAME}" in works("models").stdout
     assert "comes with the package" in fails("flash-moe", "remove", NAME, "--yes")
     assert "comes with the package" in fails("flash-moe", "synth", "--name", NAME)
-    assert "comes with the package" in fails("flash-moe", "add", FOLDER)
+    assert "comes with the package" in fails("flash-moe", "add", BUILT_IN[NAME])
 
 
 def test_it_fits_into_the_wheel(tmp_path: Path) -> None:
     """25 MB at most, compressed as wheels are."""
     archive = tmp_path / "wheel.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as wheel:
-        for file in FOLDER.rglob("*"):
+        for file in BUILT_IN[NAME].rglob("*"):
             wheel.write(file)
     assert archive.stat().st_size < 25_000_000
 
 
 def test_it_is_what_its_card_says() -> None:
-    config = json.loads((FOLDER / "config.json").read_text())["text_config"]
+    config = json.loads((BUILT_IN[NAME] / "config.json").read_text())["text_config"]
     assert config["num_experts"] == 64
     assert config["num_experts_per_tok"] == 10
     assert config["full_attention_interval"] == 4

@@ -13,8 +13,8 @@ import pytest
 from pydantic import BaseModel
 
 from flash_moe.built_in import NAME
-from llm_flash_moe.messages import schema_of
-from tests.plugin.terminal import fails, installed_llm, llm, logged, works
+from llm_flash_moe.answering.messages import schema_of
+from tests.plugin.terminal import fails, installed_llm, logged, works
 
 PERSON = {
     "type": "object",
@@ -133,11 +133,13 @@ def test_sqlite_holds_the_turn_and_nothing_the_user_did_not_set(llm_home: Path) 
 
 def test_fewer_experts_are_named_as_less_exact() -> None:
     ask("-o", "experts", 4, "Hello")
-    ask("-o", "experts", 4, "-o", "weights", "renormalise", "Hello")
-    kept, renormalised = (turn["response_json"]["lossy"] for turn in logged())
-    assert kept == ["4 experts of 10 a token, with the weights they have among all"]
-    assert renormalised == ["4 experts of 10 a token"]
-    assert "choose keep or renormalise" in llm("-m", NAME, "-o", "weights", "x", "Hi").output
+    ask("-o", "cache_tolerance", 0.2, "Hello")
+    fewer, tolerant = (turn["response_json"]["lossy"] for turn in logged())
+    assert fewer == ["4 experts of 10 a token, with the weights they have among all"]
+    assert tolerant == ["cached experts in place of others up to 20% likelier"]
+    error = fails("-m", NAME, "-o", "full_experts", 2, "Hi")
+    assert error.startswith("full_experts=2: this model is not packed in two planes.")
+    assert error.endswith("llm flash-moe pack PATH --planes")
 
 
 def test_attachments_are_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from flash_moe.errors import RegistryError
+from llm_flash_moe.errors import PluginError
 from llm_flash_moe.registry import Entry, Registry
 from tests.strategies import edited, json_values
 
@@ -36,9 +36,9 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule(name=NAMES, entry=ENTRIES)
     def add(self, name: str, entry: Entry) -> None:
         if name in self.model:
-            with pytest.raises(RegistryError, match="already"):
+            with pytest.raises(PluginError, match="already"):
                 self.registry.require_free(name)
-            with pytest.raises(RegistryError, match="already"):
+            with pytest.raises(PluginError, match="already"):
                 self.registry.add(name, entry)
         else:
             self.registry.require_free(name)
@@ -50,7 +50,7 @@ class RegistryMachine(RuleBasedStateMachine):
         if name in self.model:
             assert self.registry.remove(name) == self.model.pop(name)
         else:
-            with pytest.raises(RegistryError, match="There is no model"):
+            with pytest.raises(PluginError, match="There is no model"):
                 self.registry.remove(name)
 
     @rule(name=NAMES)
@@ -58,12 +58,12 @@ class RegistryMachine(RuleBasedStateMachine):
         if name in self.model:
             assert self.registry.get(name) == self.model[name]
         else:
-            with pytest.raises(RegistryError, match="There is no model"):
+            with pytest.raises(PluginError, match="There is no model"):
                 self.registry.get(name)
 
     @rule(name=st.sampled_from(BAD_NAMES), entry=ENTRIES)
     def add_badly(self, name: str, entry: Entry) -> None:
-        with pytest.raises(RegistryError, match="cannot be a model's name"):
+        with pytest.raises(PluginError, match="cannot be a model's name"):
             self.registry.add(name, entry)
 
     @invariant()
@@ -100,13 +100,13 @@ def damaged(file: Path, content: bytes) -> bool:
     registry = Registry(file)
     try:
         entries = registry.entries()
-    except RegistryError:
+    except PluginError:
         for attempt in (
             lambda: registry.add("new", Entry("/new")),
             lambda: registry.remove("a"),
             lambda: registry.get("a"),
         ):
-            with pytest.raises(RegistryError):
+            with pytest.raises(PluginError):
                 attempt()
         assert file.read_bytes() == content
         return True
@@ -205,22 +205,22 @@ def test_read_only_folder(read_only: Path, as_user: None) -> None:
     registry = Registry(read_only / "registry.json")
     assert registry.entries().keys() == {"a", "b"}
     for attempt in (lambda: registry.add("c", Entry("/c")), lambda: registry.remove("a")):
-        with pytest.raises(RegistryError, match="Cannot write"):
+        with pytest.raises(PluginError, match="Cannot write"):
             attempt()
-    with pytest.raises(RegistryError, match="Cannot write"):
+    with pytest.raises(PluginError, match="Cannot write"):
         Registry(read_only / "new" / "registry.json").add("c", Entry("/c"))
     assert json.loads(registry.file.read_bytes()) == SOUND
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RegistryError):
+    with pytest.raises(PluginError):
         Registry(tmp_path / "file" / "registry.json").add("a", Entry("/a"))
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_bad_names(tmp_path: Path, name: str) -> None:
     registry = Registry(tmp_path / "registry.json")
-    with pytest.raises(RegistryError, match="cannot be a model's name"):
+    with pytest.raises(PluginError, match="cannot be a model's name"):
         registry.add(name, Entry("/a"))
     assert not registry.file.exists()

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flash_moe.model.load import Settings, StreamedModel, load
+from flash_moe.model.load import StreamedModel, load
+from flash_moe.options import Settings
 from flash_moe.synth.model import Shape, synthesize
 from tests.architectures import random_model, write_checkpoint
 

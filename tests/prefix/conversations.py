@@ -1,4 +1,4 @@
-"""Conversations as bare token ids, and what a reply to one was, to the bit."""
+"""Conversations as bare token ids, and replies to them, to the bit."""
 
 from __future__ import annotations
 
@@ -10,64 +10,68 @@ import mlx.core as mx
 import numpy as np
 from hypothesis import strategies as st
 
-from flash_moe.decode.loop import Generation
+from flash_moe.decode.loop import Generation, TokenLogprobs, TokenRequest
 from flash_moe.model.load import StreamedModel
-from flash_moe.prefix.boundaries import Marks
+from flash_moe.prefix.boundaries import TurnMarks
 from flash_moe.prefix.state import Snapshot
 from flash_moe.prefix.store import PrefixSettings, PrefixStore
 
 # A turn opens with 1 2 or 1 3 and ends with 4; both marks share a token, as in ChatML.
-MARKS = Marks(assistant=(1, 2), user=(1, 3))
-# Few words, some of them parts of marks, so that there are false openings and repetitions.
+MARKS = TurnMarks(assistant=(1, 2), user=(1, 3))
+# Few words, some of them parts of marks, so that false openings and repetitions occur.
 words = st.integers(1, 9) | st.integers(1, 99)
+# More than any vocabulary here: the log-probabilities of all tokens.
+EVERY_TOKEN = 1 << 20
 
 
 @st.composite
 def conversations(draw: st.DrawFn, longest: int = 70) -> list[list[int]]:
-    """The prompts of a chat, each the one before it with a reply and a question more; now and then
-    something earlier is told differently, as when a template drops old thoughts."""
-    said = draw(st.lists(words, max_size=longest))
+    """The prompts of a chat, each the one before it with a reply and another question; now and then
+    something earlier is different, as when a template drops old thoughts."""
+    history = draw(st.lists(words, max_size=longest))
     prompts = []
     for _ in range(draw(st.integers(1, 3))):
-        if draw(st.integers(0, 3)) == 0 and said:
-            said = list(said)
-            said[draw(st.integers(0, len(said) - 1))] = draw(words)
-        said = [*said, 1, 3, *draw(st.lists(words, max_size=longest)), 4]
-        prompts.append([*said, 1, 2, *draw(st.sampled_from([[], [7], [7, 8]]))])
-        said = [*said, 1, 2, *draw(st.lists(words, max_size=longest)), 4]
+        if draw(st.integers(0, 3)) == 0 and history:
+            history = list(history)
+            history[draw(st.integers(0, len(history) - 1))] = draw(words)
+        history = [*history, 1, 3, *draw(st.lists(words, max_size=longest)), 4]
+        prompts.append([*history, 1, 2, *draw(st.sampled_from([[], [7], [7, 8]]))])
+        history = [*history, 1, 2, *draw(st.lists(words, max_size=longest)), 4]
     return prompts
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
+    """`logprobs` are those of every token in the vocabulary, at every step."""
+
     tokens: list[int]
     cached: int
-    logits: list[bytes]
+    logprobs: list[TokenLogprobs]
     warning: str
+
+
+def generation(
+    model: StreamedModel,
+    store: PrefixStore | None,
+    prompt: Sequence[int],
+    chunk: int | None = None,
+    **options: Any,
+) -> Generation:
+    begin = None if store is None else store.begin
+    return Generation(model, TokenRequest(prompt, **options), begin, chunk)
 
 
 def reply(
     model: StreamedModel, store: PrefixStore | None, prompt: Sequence[int], chunk: int
 ) -> Reply:
-    logits = []
-
-    def greedy(log_probabilities: mx.array) -> mx.array:
-        logits.append(np.array(log_probabilities.astype(mx.float32)).tobytes())
-        return mx.argmax(log_probabilities, axis=-1)
-
-    begin = None if store is None else store.begin
-    generation = Generation(model, prompt, max_tokens=3, chunk=chunk, begin=begin)
-    generation._sample = greedy
-    tokens = list(generation)
-    return Reply(tokens, generation.stats.cached_tokens, logits, generation.stats.warning)
+    run = generation(model, store, prompt, chunk, max_tokens=3, logprobs=EVERY_TOKEN)
+    tokens = list(run)
+    assert len(run.logprobs) == len(tokens)
+    return Reply(tokens, run.stats.cached_tokens, run.logprobs, run.stats.warning)
 
 
 def new_store(model: StreamedModel, **settings: Any) -> PrefixStore:
     return PrefixStore(model, MARKS, PrefixSettings(**settings))
-
-
-def kept(store: PrefixStore) -> dict[str, Snapshot]:
-    return dict(store._memory._snapshots)
 
 
 def bits(array: mx.array) -> bytes:
@@ -75,6 +79,6 @@ def bits(array: mx.array) -> bytes:
 
 
 def contents(snapshot: Snapshot) -> tuple[Any, ...]:
-    """All that a snapshot holds, copied out of MLX."""
+    """Everything in a snapshot, copied out of MLX."""
     arrays = [(array.shape, array.dtype, bits(array)) for array in snapshot.arrays]
     return snapshot.tokens, snapshot.ends, repr(snapshot.structure), arrays

@@ -13,45 +13,48 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flash_moe.model.load import Settings, StreamedModel, load
-from flash_moe.prefix.disk import DTYPES, DiskSnapshots
-from flash_moe.prefix.folder import clear, entries, file_name
+from flash_moe.arrays import mlx_dtype
+from flash_moe.format.dtypes import BY_NAME
+from flash_moe.model.load import StreamedModel, load
+from flash_moe.options import Settings
+from flash_moe.prefix.disk import DiskSnapshots
+from flash_moe.prefix.folder import PromptFolder, file_name
 from flash_moe.prefix.state import Snapshot
 from tests.prefix.conversations import contents, new_store, reply
-from tests.prefix.kept_files import ENDS, IDS, KEY, OTHER, PROMPT, files, small, snapshots
+from tests.prefix.saved_files import ENDS, IDS, KEY, OTHER, PROMPT, files, small, snapshots
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> DiskSnapshots:
-    found = snapshots(tmp_path / "kept")
-    found.put(KEY, small())
-    return found
+    disk = snapshots(tmp_path / "prompts")
+    disk.put(KEY, small())
+    return disk
 
 
-def test_what_was_written_is_read(disk: DiskSnapshots) -> None:
-    found = disk.get(KEY, (*IDS, 8), (*ENDS, 4))
-    assert found is not None
-    assert contents(found) == contents(small())
+def test_a_snapshot_is_read_as_it_was_written(disk: DiskSnapshots) -> None:
+    snapshot = disk.get(KEY, (*IDS, 8), (*ENDS, 4))
+    assert snapshot is not None
+    assert contents(snapshot) == contents(small())
     assert disk.get(OTHER, IDS, ENDS) is None
-    # What was said is for its owner alone.
+    # Conversations are private.
     assert disk.folder.stat().st_mode & 0o777 == 0o700
     assert (disk.folder / file_name(KEY)).stat().st_mode & 0o777 == 0o600
-    # And it is a file that other tools can read.
+    # Other tools can read the file.
     arrays, metadata = mx.load(str(disk.folder / file_name(KEY)), return_metadata=True)
     assert arrays["tokens"].tolist() == list(IDS)
     assert metadata["tokens"] == "3"
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", BY_NAME)
 @pytest.mark.parametrize("shape", [(), (0, 3), (2, 3), (1, 1, 1, 5)])
-def test_arrays_of_every_kind(tmp_path: Path, dtype: mx.Dtype, shape: tuple[int, ...]) -> None:
-    with mx.stream(mx.cpu):  # where there is float64
-        array = mx.random.randint(0, 2, shape).astype(dtype)
+def test_arrays_of_every_type(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
+    with mx.stream(mx.cpu):  # GPUs have no float64
+        array = mx.random.randint(0, 2, shape).astype(mlx_dtype(dtype))
         snapshot = Snapshot(IDS, ENDS, [], [array])
         snapshots(tmp_path).put(KEY, snapshot)
-        found = snapshots(tmp_path).get(KEY, IDS, ENDS)
-        assert found is not None
-        assert contents(found) == contents(snapshot)
+        read = snapshots(tmp_path).get(KEY, IDS, ENDS)
+        assert read is not None
+        assert contents(read) == contents(snapshot)
 
 
 @settings(max_examples=200, deadline=None)
@@ -79,7 +82,7 @@ def test_a_truncated_or_any_other_file(data: st.DataObject) -> None:
         raw = path.read_bytes()
         other = st.integers(0, len(raw) - 1).map(lambda length: raw[:length]) | st.binary()
         path.write_bytes(data.draw(other))
-        entries(disk.folder)
+        assert len(PromptFolder(disk.folder).prompts()) == 1
         assert disk.get(KEY, IDS, ENDS) is None
         assert not path.exists()
 
@@ -92,7 +95,7 @@ def test_a_truncated_or_any_other_file(data: st.DataObject) -> None:
 def test_wrong_token_ids_and_cuts(
     disk: DiskSnapshots, ids: tuple[int, ...], ends: tuple[int, ...]
 ) -> None:
-    """Even under the right name, which the hash of other ids would have to be."""
+    """Even under the right name, which only a collision of hashes could give them."""
     assert disk.get(KEY, ids, ends) is None
     assert files(disk.folder) == []
 
@@ -108,18 +111,20 @@ def test_a_sound_file_that_does_not_fit_the_model(hybrid: StreamedModel, tmp_pat
     (path,) = tmp_path.iterdir()
     key = path.stem.removeprefix("v1-")
     path.unlink()
-    assert store._disk is not None
-    store._disk.put(key, small(tuple(PROMPT[:90]), (90,)))
+    assert store.disk is not None
+    store.disk.put(key, small(tuple(PROMPT[:90]), (90,)))
     store.clear()
     again = reply(hybrid, store, PROMPT, 512)
-    assert (again.cached, again.logits) == (0, whole.logits)
+    assert (again.cached, again.logprobs) == (0, whole.logprobs)
     # It was removed, and the right one took its place.
     assert reply(hybrid, new_store(hybrid, folder=tmp_path), PROMPT, 512).cached == 90
 
 
-def test_another_k_runtime_and_weights_find_nothing(hybrid_folder: Path, tmp_path: Path) -> None:
-    """And leave the file to whom it belongs."""
-    folder, kept = tmp_path / "model", tmp_path / "kept"
+def test_another_k_runtime_or_weights_do_not_use_the_file(
+    hybrid_folder: Path, tmp_path: Path
+) -> None:
+    """And leave it to the model that it belongs to."""
+    folder, prompts = tmp_path / "model", tmp_path / "prompts"
     shutil.copytree(hybrid_folder, folder)
     own, two = Settings(bank_bytes=1), Settings(bank_bytes=1, experts=2)
     weights = sorted(folder.glob("*.safetensors"))[-1]
@@ -127,7 +132,7 @@ def test_another_k_runtime_and_weights_find_nothing(hybrid_folder: Path, tmp_pat
     def cached(settings: Settings) -> int:
         model = load(folder, settings)
         try:
-            return reply(model, new_store(model, folder=kept), PROMPT, 512).cached
+            return reply(model, new_store(model, folder=prompts), PROMPT, 512).cached
         finally:
             model.close()
 
@@ -148,14 +153,14 @@ def test_another_k_runtime_and_weights_find_nothing(hybrid_folder: Path, tmp_pat
     (folder / "config.json").write_text(json.dumps(config, indent=3))
     assert cached(own) == 0
     assert cached(two) == 0
-    assert len(files(kept)) == 7
+    assert len(files(prompts)) == 7
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
     probe = snapshots(tmp_path)
     probe.put(KEY, small())
     size = (tmp_path / file_name(KEY)).stat().st_size
-    clear(tmp_path)
+    PromptFolder(tmp_path).clear()
     disk = snapshots(tmp_path, limit=3 * size)
     keys = [f"{n:040}" for n in range(6)]
     for age, key in enumerate(keys[:3]):
@@ -169,7 +174,7 @@ def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
     assert file_name(keys[4]) in files(tmp_path)
 
 
-def test_what_is_there_is_not_written_again(disk: DiskSnapshots) -> None:
+def test_an_existing_file_is_not_written_again(disk: DiskSnapshots) -> None:
     path = disk.folder / file_name(KEY)
     os.utime(path, (1, 1))
     inode = path.stat().st_ino
@@ -193,5 +198,8 @@ def test_only_our_files_are_ever_removed(disk: DiskSnapshots) -> None:
     # Older versions' files and leftovers go at the next write; a newer version keeps its own.
     disk.put(OTHER, small())
     assert files(disk.folder) == sorted([*others, file_name(KEY), file_name(OTHER)])
-    clear(disk.folder)
+    freed = sum(
+        (disk.folder / name).stat().st_size for name in (others[-1], *map(file_name, (KEY, OTHER)))
+    )
+    assert PromptFolder(disk.folder).clear() == freed
     assert files(disk.folder) == sorted(others[:-1])

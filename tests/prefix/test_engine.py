@@ -1,4 +1,4 @@
-"""Conversations through the engine: what the template writes, kept from turn to turn."""
+"""Conversations through the engine, with a real template: each turn continues the last one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from flash_moe.decode.loop import Generation
 from flash_moe.engine import Engine
-from flash_moe.model.load import Settings, StreamedModel
+from flash_moe.model.load import StreamedModel
+from flash_moe.options import Request, Settings
 from flash_moe.prefix.store import PrefixSettings
-from tests.prefix.conversations import kept, new_store
-from tests.prefix.kept_files import PROMPT, files
+from tests.prefix.conversations import generation, new_store
+from tests.prefix.saved_files import PROMPT, files
 
 BANK = Settings(bank_bytes=1)
 Message = dict[str, Any]
@@ -25,7 +25,7 @@ def engine(folder: Path, prefix: PrefixSettings | None = PrefixSettings()) -> En
 
 
 def ask(engine: Engine, messages: list[Message], **options: Any) -> tuple[str, int]:
-    reply = engine.reply(messages, max_tokens=4, **options)
+    reply = engine.reply(Request(messages=messages, max_tokens=4, **options))
     text = "".join(reply)
     assert reply.stats.prompt_tokens == len(engine.tokenizer.encode_chat(messages))
     return text, reply.stats.cached_tokens
@@ -49,8 +49,8 @@ def test_a_chat_reads_each_turn_once(demo_folder: Path) -> None:
 
 
 def test_thoughts_that_the_template_drops(demo_folder: Path) -> None:
-    """Between a call of a tool and its result they are told, and no more after the next question:
-    then the state before them is the one to continue."""
+    """Thoughts stay between a tool call and its result, and go with the next question: then the
+    state before them is the one to continue."""
     one = engine(demo_folder)
     call = {"function": {"name": "look", "arguments": {"where": "up"}}}
     thought = {
@@ -60,15 +60,15 @@ def test_thoughts_that_the_template_drops(demo_folder: Path) -> None:
         "tool_calls": [call],
     }
     result = {"role": "tool", "content": "A sky. " * 30}
-    told = {"role": "assistant", "content": "A sky."}
+    answer = {"role": "assistant", "content": "A sky."}
     assert ask(one, [SYSTEM, QUESTION])[1] == 0
     question = len(one.tokenizer.encode_chat([SYSTEM, QUESTION], add_generation_prompt=False))
     assert ask(one, [SYSTEM, QUESTION, thought, result])[1] == question
-    assert ask(one, [SYSTEM, QUESTION, thought, result, told, QUESTION])[1] == question
+    assert ask(one, [SYSTEM, QUESTION, thought, result, answer, QUESTION])[1] == question
 
 
 def test_across_engines_by_disk(demo_folder: Path, tmp_path: Path) -> None:
-    settings = PrefixSettings(folder=tmp_path / "kept")
+    settings = PrefixSettings(folder=tmp_path / "prompts")
     first = engine(demo_folder, settings)
     text, cached = ask(first, [SYSTEM, QUESTION])
     assert cached == 0
@@ -80,13 +80,13 @@ def test_across_engines_by_disk(demo_folder: Path, tmp_path: Path) -> None:
     assert ask(fresh, messages) == (text, 0)
 
 
-def test_nothing_is_kept_if_nothing_shall_be(demo_folder: Path) -> None:
+def test_without_a_store_nothing_is_reused(demo_folder: Path) -> None:
     one = engine(demo_folder, None)
     assert one.prefix is None
     assert [ask(one, [SYSTEM, QUESTION])[1] for _ in range(2)] == [0, 0]
 
 
-def test_a_reply_that_is_stopped_by_a_text_keeps_its_prompt(
+def test_a_reply_that_ends_at_a_stop_string_saves_its_prompt(
     demo_folder: Path, tmp_path: Path
 ) -> None:
     one = engine(demo_folder, PrefixSettings(folder=tmp_path))
@@ -100,45 +100,44 @@ def test_a_reply_that_is_stopped_by_a_text_keeps_its_prompt(
 def test_an_interrupted_reply_ends_at_once(
     hybrid: StreamedModel, tmp_path: Path, how: type[BaseException]
 ) -> None:
-    """Nothing is written then; in memory, what was read is kept."""
+    """Nothing is written to the disk; memory has the chunks that were read."""
     store = new_store(hybrid, folder=tmp_path)
-    generation = Generation(hybrid, PROMPT, max_tokens=9, begin=store.begin)
-    tokens = iter(generation)
+    tokens = iter(generation(hybrid, store, PROMPT, max_tokens=9))
     next(tokens)
     with pytest.raises(how):
         tokens.throw(how())  # type: ignore[attr-defined]
     assert files(tmp_path) == []
-    assert len(kept(store)) == 1
+    assert len(store.memory) == 1
 
 
-def test_a_cancelled_prompt_keeps_what_was_read(hybrid: StreamedModel) -> None:
+def test_a_cancelled_prompt_saves_its_chunks(hybrid: StreamedModel) -> None:
     store = new_store(hybrid)
     prompt = [*PROMPT[:-3], 1, 3, *range(40), 1, 2, 7]
-    asked: list[None] = []
-
-    def cancelled() -> bool:
-        asked.append(None)
-        return len(asked) > 1
-
-    first = Generation(hybrid, prompt, max_tokens=1, begin=store.begin, cancelled=cancelled)
+    checks = iter([False, True])
+    first = generation(hybrid, store, prompt, max_tokens=1, cancelled=lambda: next(checks))
     assert list(first) == []
     assert first.stats.finish_reason == "cancelled"
-    second = Generation(hybrid, prompt, max_tokens=1, begin=store.begin)
+    second = generation(hybrid, store, prompt, max_tokens=1)
     assert len(list(second)) == 1
     assert second.stats.cached_tokens == 90
 
 
-def test_statistics_tell_what_was_kept(hybrid: StreamedModel) -> None:
-    store = new_store(hybrid)
-    replies = [Generation(hybrid, PROMPT, max_tokens=2, begin=store.begin) for _ in range(2)]
-    seen: list[tuple[int, int]] = []
-    replies[1]._progress = lambda done, total: seen.append((done, total))
-    for generation in replies:
-        list(generation)
-    stats = replies[1].stats
+def test_statistics_count_the_tokens_that_were_cached(hybrid: StreamedModel) -> None:
+    store, progress = new_store(hybrid), list[tuple[int, int]]()
+    first = generation(hybrid, store, PROMPT, max_tokens=2)
+    second = generation(
+        hybrid,
+        store,
+        PROMPT,
+        max_tokens=2,
+        progress=lambda done, total: progress.append((done, total)),
+    )
+    for run in (first, second):
+        list(run)
+    stats = second.stats
     assert (stats.prompt_tokens, stats.cached_tokens) == (93, 90)
     assert stats.prompt_tokens_per_second == pytest.approx(3 / stats.seconds_to_first_token)
-    assert stats.summary().startswith("93 prompt tokens, 90 of them kept at ")
+    assert stats.summary().startswith("93 prompt tokens, 90 of them reused at ")
     assert stats.to_json()["cached_tokens"] == 90
-    assert seen == [(93, 93)]
-    assert "kept" not in replies[0].stats.summary()
+    assert progress == [(93, 93)]
+    assert "saved" not in first.stats.summary()

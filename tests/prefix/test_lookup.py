@@ -1,4 +1,4 @@
-"""A key says: these tokens, cut here, of this model."""
+"""A key stands for these tokens, cut in these places, of this model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash_moe.prefix.lookup import keys
+from flash_moe.prefix.lookup import state_keys
 
 prompts = st.lists(st.integers(0, 3), min_size=1, max_size=12)
 # Small ids and short prompts, so that equal ones with different cuts are common.
@@ -15,14 +15,14 @@ questions = st.tuples(prompts, st.sets(st.integers(1, 12)), st.sampled_from(["a"
 
 
 @given(questions, questions)
-def test_keys_are_equal_if_and_only_if_all_of_that_is(
+def test_keys_are_equal_if_and_only_if_tokens_cuts_and_model_are(
     one: tuple[list[int], set[int], str], other: tuple[list[int], set[int], str]
 ) -> None:
-    said = {}
+    keys: dict[tuple[object, ...], set[str]] = {}
     for ids, cuts, scope in (one, other):
         ends = sorted(end for end in cuts if end <= len(ids))
-        for number, (end, key) in enumerate(keys(ids, ends, scope).items(), 1):
-            said.setdefault((tuple(ids[:end]), tuple(ends[:number]), scope), set()).add(key)
-    assert all(len(found) == 1 for found in said.values())
-    every = sorted(key for found in said.values() for key in found)
+        for number, (end, key) in enumerate(state_keys(ids, ends, scope).items(), 1):
+            keys.setdefault((tuple(ids[:end]), tuple(ends[:number]), scope), set()).add(key)
+    assert all(len(same) == 1 for same in keys.values())
+    every = sorted(key for same in keys.values() for key in same)
     assert all(a != b for a, b in pairwise(every))

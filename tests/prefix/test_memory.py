@@ -1,4 +1,4 @@
-"""Memory holds what was used last, and never more than it may."""
+"""Memory holds the snapshots that were used last, and never more bytes than its limit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LeastRecentlyUsed(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.memory = MemorySnapshots(LIMIT)
-        # The last used last.
+        # The least recently used first.
         self.model: dict[str, Snapshot] = {}
 
     @rule(name=names, nbytes=st.integers(0, LIMIT + 200))
@@ -37,9 +37,8 @@ class LeastRecentlyUsed(RuleBasedStateMachine):
 
     @rule(name=names)
     def get(self, name: str) -> None:
-        found = self.memory.get(name)
-        assert found is self.model.get(name)
-        if found is not None:
+        assert self.memory.get(name) is self.model.get(name)
+        if name in self.model:
             self.model[name] = self.model.pop(name)
 
     @rule(name=names)
@@ -56,6 +55,10 @@ class LeastRecentlyUsed(RuleBasedStateMachine):
     def bounded(self) -> None:
         assert self.memory.nbytes == sum(old.nbytes for old in self.model.values()) <= LIMIT
         assert len(self.memory) == len(self.model)
+
+    @invariant()
+    def in_order(self) -> None:
+        assert [key for key, _ in self.memory] == list(self.model)
 
 
 TestLeastRecentlyUsed = LeastRecentlyUsed.TestCase

@@ -1,4 +1,4 @@
-"""Folders that cannot be written, disks that are full: replies go on, and say so once."""
+"""Folders that cannot be written, disks that are full: replies go on, and warn once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from flash_moe.format import sealed as record
+from flash_moe.format import sealed
+from flash_moe.format.sealed import SealedArray
 from flash_moe.model.load import StreamedModel
 from flash_moe.prefix import disk as disk_module
 from flash_moe.prefix.disk import KEEP_FREE
@@ -19,7 +20,7 @@ from flash_moe.prefix.folder import file_name
 from flash_moe.prefix.store import PrefixStore
 from tests.conftest import stepped_down
 from tests.prefix.conversations import new_store, reply
-from tests.prefix.kept_files import ENDS, IDS, KEY, PROMPT, files, small, snapshots
+from tests.prefix.saved_files import ENDS, IDS, KEY, PROMPT, files, small, snapshots
 
 
 @pytest.fixture
@@ -39,24 +40,24 @@ def test_a_read_only_folder_is_read(
     hybrid: StreamedModel, read_only: PrefixStore, as_user: None
 ) -> None:
     store = read_only
-    assert store._disk is not None
+    assert store.disk is not None
     assert reply(hybrid, store, PROMPT, 512).cached == 90
     longer = [*PROMPT, *range(100, 160), 1, 2, 7]
     first = reply(hybrid, store, longer, 512)
     assert (first.cached, "Permission denied" in first.warning) == (90, True)
-    assert first.warning.startswith(f"The prompt cannot be kept in {store._disk.folder}")
-    # Told once; in memory it works all the same.
+    assert first.warning.startswith(f"The prompt cannot be saved in {store.disk.folder}")
+    # One warning is enough; memory still works.
     again = reply(hybrid, store, longer, 512)
     assert (again.cached, again.warning) == (153, "")
-    assert len(files(store._disk.folder)) == 1
+    assert len(files(store.disk.folder)) == 1
 
 
 def test_a_file_in_the_place_of_the_folder(hybrid: StreamedModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "kept"):
-        found = reply(hybrid, new_store(hybrid, folder=folder), PROMPT, 512)
-        assert found.cached == 0
-        assert "cannot be kept" in found.warning
+    for folder in (tmp_path / "file", tmp_path / "file" / "prompts"):
+        first = reply(hybrid, new_store(hybrid, folder=folder), PROMPT, 512)
+        assert first.cached == 0
+        assert "cannot be saved" in first.warning
 
 
 def test_a_disk_that_is_nearly_full(
@@ -64,33 +65,33 @@ def test_a_disk_that_is_nearly_full(
 ) -> None:
     full = SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=KEEP_FREE))
     monkeypatch.setattr(disk_module, "shutil", full)
-    found = reply(hybrid, new_store(hybrid, folder=tmp_path), PROMPT, 512)
-    assert "the disk is nearly full" in found.warning
+    first = reply(hybrid, new_store(hybrid, folder=tmp_path), PROMPT, 512)
+    assert "the disk is nearly full" in first.warning
     assert files(tmp_path) == []
 
 
 def test_a_disk_that_fills_up_while_writing(
     hybrid: StreamedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = record.write
+    write = sealed.write
 
-    def fails(file: object, head: bytes, parts: dict[str, record.Part]) -> None:
+    def fails(file: object, head: bytes, parts: dict[str, SealedArray]) -> None:
         write(file, head, dict(list(parts.items())[:2]))  # type: ignore[arg-type]
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(record, "write", fails)
+    monkeypatch.setattr(sealed, "write", fails)
     store = new_store(hybrid, folder=tmp_path)
-    found = reply(hybrid, store, PROMPT, 512)
-    assert "No space left on device" in found.warning
+    first = reply(hybrid, store, PROMPT, 512)
+    assert "No space left on device" in first.warning
     assert files(tmp_path) == []
     assert reply(hybrid, store, PROMPT, 512).cached == 90
 
 
-def test_a_state_that_is_larger_than_the_folder_may_be(
+def test_a_state_that_is_larger_than_the_limit_of_the_folder(
     hybrid: StreamedModel, tmp_path: Path
 ) -> None:
-    found = reply(hybrid, new_store(hybrid, folder=tmp_path, disk_bytes=1000), PROMPT, 512)
-    assert "more than all may take" in found.warning
+    first = reply(hybrid, new_store(hybrid, folder=tmp_path, disk_bytes=1000), PROMPT, 512)
+    assert "the limit is 1,000" in first.warning
     assert files(tmp_path) == []
 
 
@@ -101,7 +102,7 @@ def test_short_prompts_are_not_written(hybrid: StreamedModel, tmp_path: Path) ->
     assert reply(hybrid, store, PROMPT, 512).cached == 90
 
 
-def test_a_file_that_is_not_for_us_to_read_stays() -> None:
+def test_a_file_that_we_may_not_read_stays() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         snapshots(folder).put(KEY, small())

@@ -1,4 +1,4 @@
-"""Several processes on one folder, some of them killed: what loads is always whole."""
+"""Several processes on one folder, some of them killed: every file that loads is whole."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import time
 from pathlib import Path
 
 from flash_moe.prefix.disk import DiskSnapshots
-from flash_moe.prefix.folder import clear, entries, file_name
+from flash_moe.prefix.folder import PromptFolder, file_name
 from tests.prefix.conversations import contents
-from tests.prefix.kept_files import files, small
+from tests.prefix.saved_files import files, small
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 KILLS, ROUNDS = 12, 60
-KEY = "f" * 40  # none that the writers use
+KEY = "f" * 40  # not one of the writers'
 
-# Snapshots that say of themselves what they are: number n is n tokens, and n in all 4 MB.
+# Snapshots that show which one they are: number n has n tokens, and 4 MB filled with n.
 WRITER = """
 import sys
 from pathlib import Path
@@ -36,10 +36,10 @@ for turn in range(rounds):
     tokens = tuple(range(n))
     disk.put(f"{n:040}", Snapshot(tokens, (), [n], [mx.full((1 << 20,), n, mx.int32)]))
     other = (n * 3 + 1) % 10
-    found = disk.get(f"{other:040}", tuple(range(other)), ())
-    if found is not None:
-        assert found.structure == [other]
-        assert mx.all(found.arrays[0] == other).item()
+    snapshot = disk.get(f"{other:040}", tuple(range(other)), ())
+    if snapshot is not None:
+        assert snapshot.structure == [other]
+        assert mx.all(snapshot.arrays[0] == other).item()
     if turn % 5 == 4:
         disk.remove(f"{n:040}")
 print("done", flush=True)
@@ -56,58 +56,72 @@ def start(folder: Path, seed: int, rounds: int, limit: int = 1 << 30) -> subproc
     )
 
 
-def temporaries(folder: Path) -> list[str]:
-    return [name for name in files(folder) if name.endswith(".tmp")]
+def temporaries(folder: Path) -> set[str]:
+    return {name for name in files(folder) if name.endswith(".tmp")} if folder.exists() else set()
+
+
+def writes(process: subprocess.Popen[str], folder: Path, before: set[str]) -> bool:
+    """Whether a process has a file half-written; then it is stopped, otherwise it goes on."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
+    if temporaries(folder) > before:
+        return True
+    process.send_signal(signal.SIGCONT)
+    return False
 
 
 def assert_all_sound(folder: Path) -> None:
     disk = DiskSnapshots(folder, 1 << 30, "scope", {})
     names = files(folder)
     for n in range(10):
-        found = disk.get(f"{n:040}", tuple(range(n)), ())
-        if found is not None:
-            assert found.structure == [n]
-            assert set(found.arrays[0].tolist()) == {n}
-    assert files(folder) == names, "a file was removed, because it was not whole"
+        snapshot = disk.get(f"{n:040}", tuple(range(n)), ())
+        if snapshot is not None:
+            assert snapshot.structure == [n]
+            assert set(snapshot.arrays[0].tolist()) == {n}
+    assert files(folder) == names, "a file was removed because it was not whole"
 
 
 def test_killed_while_writing(tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print("seed", seed)  # pytest shows it if this fails
-    moments, leftovers = random.Random(seed), 0
+    moments = random.Random(seed)
     for number in range(KILLS):
+        before = temporaries(tmp_path)
         with start(tmp_path, number, 10_000) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
             time.sleep(moments.uniform(0, 0.1))
+            # Half of them at any moment, half of them while a file is being written.
+            while number % 2 and not writes(process, tmp_path, before):
+                time.sleep(moments.uniform(0, 0.01))
             process.send_signal(signal.SIGKILL)
         if tmp_path.exists():
-            leftovers += bool(temporaries(tmp_path))
             assert_all_sound(tmp_path)
-    print(f"{leftovers} of {KILLS} kills left a half-written file")
-    assert leftovers, "kills came too late to mean much"
-    # A write that comes later removes what is left over.
+        if number % 2:
+            assert temporaries(tmp_path) > before
+    # A later write removes the leftovers.
     for name in temporaries(tmp_path):
         os.utime(tmp_path / name, (1, 1))
     DiskSnapshots(tmp_path, 1 << 30, "scope", {}).put(KEY, small())
-    assert temporaries(tmp_path) == []
+    assert temporaries(tmp_path) == set()
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:
-    """They write, read, touch and remove the same names in a folder that holds only five."""
+    """They write, read, touch and remove the same names in a folder with room for only five."""
     limit = 5 * ((4 << 20) + 4096)
     processes = [start(tmp_path, seed, ROUNDS, limit) for seed in (0, 3)]
     for process in processes:
         output, errors = process.communicate(timeout=120)
         assert (process.returncode, output) == (0, "ready\ndone\n"), errors
-    assert temporaries(tmp_path) == []
+    assert temporaries(tmp_path) == set()
     assert_all_sound(tmp_path)
-    # Each makes room before it writes, so both together are over by one at most.
-    assert sum(entry.nbytes for entry in entries(tmp_path)) <= limit + (5 << 20)
+    # Each makes room before it writes, so both together exceed the limit by one file at most.
+    prompts = PromptFolder(tmp_path).prompts()
+    assert sum(prompt.nbytes for prompt in prompts) <= limit + (5 << 20)
 
 
-def test_a_file_that_somebody_writes_is_no_leftover(tmp_path: Path) -> None:
-    """Even if that takes long; without its writer it is one."""
+def test_a_file_that_is_being_written_is_not_a_leftover(tmp_path: Path) -> None:
+    """Even if that takes long; once its writer is gone, it is one."""
     disk = DiskSnapshots(tmp_path, 1 << 30, "scope", {})
     path = tmp_path / f".{file_name(KEY)}.7.tmp"
     with path.open("wb") as file:
@@ -128,9 +142,9 @@ def test_removed_while_it_is_read(tmp_path: Path) -> None:
     path = next(tmp_path.iterdir())
     before = contents(small())
     with path.open("rb"):
-        clear(tmp_path)
+        PromptFolder(tmp_path).clear()
         assert disk.get(KEY, (5, 6, 7), (2, 3)) is None
     disk.put(KEY, small())
-    found = disk.get(KEY, (5, 6, 7), (2, 3))
-    assert found is not None
-    assert contents(found) == before
+    snapshot = disk.get(KEY, (5, 6, 7), (2, 3))
+    assert snapshot is not None
+    assert contents(snapshot) == before

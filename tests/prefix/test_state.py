@@ -1,4 +1,4 @@
-"""Every architecture's state can be taken, written, read and put back, and stays as it was."""
+"""Every architecture's state can be taken, written, read and restored without a change."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from flash_moe.prefix.disk import DiskSnapshots
-from flash_moe.prefix.state import NotKept, Snapshot, put, take
+from flash_moe.prefix.state import NotSaved, Snapshot, put, take
 from tests.architecture_configs import CONFIGS
 from tests.architectures import random_model
 from tests.prefix.conversations import bits, contents
 
-# Longer than every window of these models, so that rotating caches have gone round.
+# Longer than every window of these models, so that rotating caches have wrapped round.
 TOKENS, MORE = list(range(1, 41)), 3
 
 
@@ -49,17 +49,17 @@ def test_architectures_go_on_from_a_snapshot(name: str, tmp_path: Path) -> None:
     read = disk.get("0" * 40, TOKENS, (30, 40))
     assert read is not None
     assert contents(read) == before
-    for kept in (snapshot, snapshot, read):
+    for source in (snapshot, snapshot, read):
         restored = make_prompt_cache(model)
-        put(kept, restored)
+        put(source, restored)
         assert goes_on(model, restored) == expected
         restored = make_prompt_cache(model)
-        put(kept, restored)
+        put(source, restored)
         goes_on(model, restored, chunk_first=False)
     assert contents(snapshot) == before, "a restored cache wrote into the snapshot"
 
 
-def test_room_to_grow_is_not_kept_but_comes_back() -> None:
+def test_room_to_grow_is_not_saved_but_restored() -> None:
     cache = KVCache()
     rows = mx.random.normal((1, 2, 10, 8))
     cache.update_and_fetch(rows, rows)
@@ -74,13 +74,13 @@ def test_room_to_grow_is_not_kept_but_comes_back() -> None:
 
 @pytest.mark.parametrize("tokens", [3, 8, 13])
 def test_a_cache_that_writes_in_place_reaches_no_snapshot(tokens: int) -> None:
-    """A window goes round in one array, one token at a time, and so does the room of keys."""
+    """A window wraps round in one array, token by token, and keys grow into their room."""
 
     def step(cache: list[Any]) -> None:
         row = mx.random.normal((1, 2, 1, 8))
         for layer in cache[:2]:
             layer.update_and_fetch(row, row)
-        # mlx-lm replaces recurrent states; nothing forbids a model to do this instead.
+        # mlx-lm replaces recurrent states, but a model could also write into them.
         cache[2][0][..., :1] = row[0, 0, 0, 0]
 
     def make() -> list[Any]:
@@ -111,15 +111,15 @@ def test_an_empty_state_is_a_state() -> None:
 def test_a_state_of_another_model_is_refused() -> None:
     snapshot = take([KVCache(), KVCache()], (), ())
     for other in ([KVCache()], [KVCache(), RotatingKVCache(8)]):
-        with pytest.raises(NotKept):
+        with pytest.raises(NotSaved):
             put(snapshot, other)
     broken = Snapshot((), (), [{"class": "KVCache", "fields": {"keys": {"array": 5}}}], [])
-    with pytest.raises(NotKept):
+    with pytest.raises(NotSaved):
         put(broken, [KVCache()])
 
 
-def test_what_is_not_known_is_not_kept() -> None:
+def test_a_cache_of_unknown_types_is_not_saved() -> None:
     cache = KVCache()
     cache.keys = lambda: None
-    with pytest.raises(NotKept, match="function"):
+    with pytest.raises(NotSaved, match="contains a function"):
         take([cache], (), ())

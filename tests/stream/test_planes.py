@@ -1,5 +1,5 @@
-"""Of experts in two planes, every pair is computed from the planes that it asks for: from both it
-is mlx-lm's 4-bit expert, from the first a 2-bit one, on a CPU to the bit."""
+"""Of experts in two planes, every pair is computed in full or from the first plane, as asked: in
+full it is mlx-lm's 4-bit expert, otherwise a 2-bit one; on a CPU to the bit."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash_moe.checkpoint.switches import record_layout
-from flash_moe.format.layout import CODES, Layout
-from flash_moe.pack.split_planes import make_planes
+from flash_moe.format.layout import AFFINE, Layout
+from flash_moe.pack.two_planes import TwoPlanes
 from flash_moe.stream.planes import join
+from flash_moe.stream.precision import Flags, Precision
+from tests.devices import assert_exact_on_cpu
 from tests.stream.test_streamed import EXPERTS, HIDDEN, make_switch, serve
 
 Arrays = dict[str, mx.array]
@@ -31,9 +33,9 @@ class Case:
     layout: Layout
     arrays: Arrays
 
-    def expected(self, x: mx.array, indices: mx.array, whole: np.ndarray) -> mx.array:
+    def expected(self, x: mx.array, indices: mx.array, full: Flags) -> mx.array:
         both, alone = self.switch(x, indices), self.first(x, indices)
-        return mx.where(mx.array(whole)[..., None], both, alone)
+        return mx.where(mx.array(full)[..., None], both, alone)
 
 
 def make_case(kind: str = "glu", group_size: int = 32, bias: bool = False, seed: int = 0) -> Case:
@@ -41,21 +43,21 @@ def make_case(kind: str = "glu", group_size: int = 32, bias: bool = False, seed:
     switch = make_switch(kind, ("affine", 4, group_size), bias)
     mx.random.seed(seed)
     first = make_switch(kind, ("affine", 4, group_size), bias)
-    planes = make_planes()
+    transform = TwoPlanes()
     source = record_layout(switch)
     arrays: Arrays = {}
     for name, packing in source.quantization:
         # Rows of all experts at once.
-        given = {param: switch[name][param].flatten(0, 1) for param in CODES}
-        made = {
+        rows = {param: switch[name][param].flatten(0, 1) for param in AFFINE}
+        planes = {
             param: array.reshape(EXPERTS, -1, array.shape[-1])
-            for param, array in planes.projection(given, packing, "switch", name, 0).items()
+            for param, array in transform.apply(rows, packing, "switch", name, 0).items()
         }
-        made |= {"bias": switch[name].bias} if bias else {}
-        arrays |= {f"{name}.{param}": array for param, array in made.items()}
+        planes |= {"bias": switch[name].bias} if bias else {}
+        arrays |= {f"{name}.{param}": array for param, array in planes.items()}
         first[name].bits = 2
-        first[name].update({param: made[param] for param in CODES})
-    return Case(switch, first, planes.layout(source, "switch"), arrays)
+        first[name].update({param: planes[param] for param in AFFINE})
+    return Case(switch, first, transform.layout(source, "switch"), arrays)
 
 
 @settings(max_examples=50, deadline=None)
@@ -67,7 +69,7 @@ def make_case(kind: str = "glu", group_size: int = 32, bias: bool = False, seed:
     k=st.integers(1, EXPERTS),
     lane=st.integers(1, EXPERTS),
     dtype=st.sampled_from([mx.float32, mx.bfloat16]),
-    asked=st.sampled_from(["both", "first", "by pair", "by rank", "default"]),
+    asked=st.sampled_from(["full", "first", "by pair", "by rank", "by phase"]),
     seed=st.integers(0, 2**31),
 )
 def test_every_pair_is_computed_from_its_own_planes(
@@ -85,83 +87,81 @@ def test_every_pair_is_computed_from_its_own_planes(
     random = np.random.default_rng(seed)
     x = mx.random.normal((*lead, HIDDEN)).astype(dtype)
     indices = mx.random.randint(0, EXPERTS, (*lead, k)).astype(mx.uint32)
-    by_default = bool(random.integers(2))
-    whole = {
-        "both": np.ones(indices.shape, bool),
+    in_prompt = bool(random.integers(2))
+    full = {
+        "full": np.ones(indices.shape, bool),
         "first": np.zeros(indices.shape, bool),
         "by pair": random.random(indices.shape) < 0.5,
         "by rank": np.broadcast_to(np.arange(k) < (k + 1) // 2, indices.shape),
-        "default": np.full(indices.shape, by_default),
+        "by phase": np.full(indices.shape, in_prompt),
     }[asked]
     with TemporaryDirectory() as folder:
-        streamed = serve(case.switch, case.layout, case.arrays, Path(folder), 2 * lane)
-        streamer = streamed._streamer
+        layer = serve(case.switch, case.layout, case.arrays, Path(folder), 2 * lane).layer
+        streamer = layer.streamer
         # Other bytes than a record's, as an earlier expert may have left them there.
         for memory in streamer.bank.lanes:
             for buffer in memory.buffers:
                 buffer[:] = random.bytes(len(buffer))
-        streamer.whole = by_default
-        got = streamed(x, indices, None if asked == "default" else whole)
-        expected = case.expected(x, indices, whole)
-        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
-        assert mx.array_equal(got, expected)
-        assert streamer.reader.counters.nbytes == bytes_of(case.layout, indices, whole)
+        streamer.precision = Precision(0, ("prompt",))
+        streamer.phase = "prompt" if in_prompt else "reply"
+        got = layer.experts(x, indices, None if asked == "by phase" else full)
+        assert_exact_on_cpu(got, case.expected(x, indices, full))
+        assert streamer.reader.counters.nbytes == bytes_of(case.layout, indices, full)
         streamer.bank.check()
         streamer.store.close()
 
 
-def bytes_of(layout: Layout, indices: mx.array, whole: np.ndarray) -> int:
-    """Every expert once, and whole only if one of its pairs wants it."""
+def bytes_of(layout: Layout, indices: mx.array, full: Flags) -> int:
+    """Every expert is read once, and in full only if one of its pairs needs it."""
     ids = np.array(indices)
-    both = set(ids[whole].tolist())
+    both = set(ids[full].tolist())
     alone = set(ids.ravel().tolist()) - both
-    return len(both) * layout.stride + len(alone) * layout.first_bytes
+    return len(both) * layout.stride + len(alone) * layout.first_plane_bytes
 
 
-def test_an_expert_that_serves_both_kinds_is_read_once(tmp_path: Path) -> None:
+def test_an_expert_of_both_kinds_of_pairs_is_read_once(tmp_path: Path) -> None:
     case = make_case()
-    streamed = serve(case.switch, case.layout, case.arrays, tmp_path, 2 * EXPERTS)
+    layer = serve(case.switch, case.layout, case.arrays, tmp_path, 2 * EXPERTS).layer
     x, indices = mx.random.normal((3, HIDDEN)), mx.array([[4, 7], [4, 2], [7, 4]], mx.uint32)
-    whole = np.array([[True, False], [False, False], [False, True]])
-    got = streamed(x, indices, whole)
-    assert mx.array_equal(got, case.expected(x, indices, whole))
-    counters = streamed._streamer.reader.counters
+    full = np.array([[True, False], [False, False], [False, True]])
+    assert_exact_on_cpu(layer.experts(x, indices, full), case.expected(x, indices, full))
+    counters = layer.streamer.reader.counters
     assert counters.experts == 3
-    assert counters.nbytes == case.layout.stride + 2 * case.layout.first_bytes
-    assert 0 < case.layout.first_bytes < case.layout.stride
+    assert counters.nbytes == case.layout.stride + 2 * case.layout.first_plane_bytes
+    assert 0 < case.layout.first_plane_bytes < case.layout.stride
 
 
 def test_lazy_calls_of_all_kinds_do_not_overwrite_each_other(tmp_path: Path) -> None:
     case = make_case()
-    streamed = serve(case.switch, case.layout, case.arrays, tmp_path, 4)
+    layer = serve(case.switch, case.layout, case.arrays, tmp_path, 4).layer
     random = np.random.default_rng(3)
     xs = [mx.random.normal((3, HIDDEN)) for _ in range(6)]
     picks = [mx.random.randint(0, EXPERTS, (3, 2)) for _ in range(6)]
-    wholes = [random.random((3, 2)) < 0.5 for _ in range(6)]
-    lazy = [streamed(*call) for call in zip(xs, picks, wholes, strict=True)]
-    for got, x, pick, whole in zip(lazy, xs, picks, wholes, strict=True):
-        assert mx.array_equal(got, case.expected(x, pick, whole))
+    flags = [random.random((3, 2)) < 0.5 for _ in range(6)]
+    lazy = [layer.experts(*call) for call in zip(xs, picks, flags, strict=True)]
+    for got, x, pick, full in zip(lazy, xs, picks, flags, strict=True):
+        assert_exact_on_cpu(got, case.expected(x, pick, full))
 
 
-def test_joined_words_are_not_kept(tmp_path: Path) -> None:
+def test_joined_words_do_not_stay_in_memory(tmp_path: Path) -> None:
     """They are copies, of the size of a lane; a model has a module for each of its layers."""
     case = make_case()
-    streamed = serve(case.switch, case.layout, case.arrays, tmp_path, 2 * EXPERTS)
-    mx.eval(streamed(mx.zeros((1, HIDDEN)), mx.array([[1, 2]], mx.uint32)))
-    words = streamed._inner.gate_proj.weight.shape[-1]
+    layer = serve(case.switch, case.layout, case.arrays, tmp_path, 2 * EXPERTS).layer
+    mx.eval(layer.experts(mx.zeros((1, HIDDEN)), mx.array([[1, 2]], mx.uint32)))
+    words = layer.switch.gate_proj.weight.shape[-1]
     assert words == case.first.gate_proj.weight.shape[-1]
-    assert streamed._inner.gate_proj.bits == 2
+    assert layer.switch.gate_proj.bits == 2
 
 
-def test_planes_mean_nothing_to_other_records(tmp_path: Path) -> None:
+def test_precision_changes_nothing_for_records_of_one_plane(tmp_path: Path) -> None:
     switch = make_switch("glu", ("affine", 4, 32), bias=False)
     layout = record_layout(switch)
     arrays = {part.name: switch[part.projection][part.param] for part in layout.parts}
-    streamed = serve(switch, layout, arrays, tmp_path, 2 * EXPERTS)
-    streamed._streamer.whole = False
+    layer = serve(switch, layout, arrays, tmp_path, 2 * EXPERTS).layer
+    layer.streamer.precision = Precision(0)
     x, indices = mx.random.normal((3, HIDDEN)), mx.random.randint(0, EXPERTS, (3, 4))
-    for whole in (None, np.zeros((3, 4), bool), np.eye(3, 4, dtype=bool)):
-        assert mx.array_equal(streamed(x, indices, whole), switch(x, indices))
+    for full in (None, np.zeros((3, 4), bool), np.eye(3, 4, dtype=bool)):
+        assert_exact_on_cpu(layer.experts(x, indices, full), switch(x, indices))
 
 
 @given(st.integers(0, 2**32 - 1))

@@ -1,4 +1,4 @@
-"""What the page cache holds, by asking for it after telling the system to drop some of it."""
+"""Residency in the page cache, after the system was asked to drop some of it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from flash_moe.checkpoint.locations import packed_layer
 from flash_moe.format.layout import make_layout
 from flash_moe.process import bytes_from_disk
 from flash_moe.stream.reader import Reader
 from flash_moe.stream.residency import Residency
-from flash_moe.stream.store import ExpertStore, packed_layer
+from flash_moe.stream.store import ExpertStore
 
 EXPERTS = 6
 # Large, because a system may cache, and then drop, pieces of 2 MB.
@@ -20,7 +21,7 @@ LAYOUT = make_layout([("up_proj", "weight", "uint32", (1024, 2048))], [("up_proj
 
 def drop(file: Path, offset: int, length: int) -> None:
     if not hasattr(os, "posix_fadvise"):
-        pytest.skip("this system cannot be told to drop pages")
+        pytest.skip("this system does not drop pages on request")
     fd = os.open(file, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -29,11 +30,12 @@ def drop(file: Path, offset: int, length: int) -> None:
         os.close(fd)
 
 
-def test_what_comes_from_the_disk_is_counted(tmp_path: Path) -> None:
+@pytest.mark.skipif(bytes_from_disk() is None, reason="this system does not count them")
+def test_bytes_from_the_disk_are_counted(tmp_path: Path) -> None:
     file, stride = tmp_path / "layer", LAYOUT.stride
     file.write_bytes(os.urandom(2 * stride))
     store, reader = ExpertStore([packed_layer("switch", 2, LAYOUT, file)]), Reader()
-    found = []
+    read = []
     try:
         for dropped in (False, True):
             if dropped:
@@ -46,12 +48,12 @@ def test_what_comes_from_the_disk_is_counted(tmp_path: Path) -> None:
             now = bytes_from_disk()
             assert before is not None
             assert now is not None
-            found.append(now - before)
+            read.append(now - before)
     finally:
         reader.close()
         store.close()
-    assert found[0] < stride
-    assert found[1] >= 2 * stride
+    assert read[0] < stride
+    assert read[1] >= 2 * stride
 
 
 def test_an_expert_is_cached_until_it_is_dropped(tmp_path: Path) -> None:
@@ -62,10 +64,10 @@ def test_an_expert_is_cached_until_it_is_dropped(tmp_path: Path) -> None:
     try:
         assert [residency.cached(0, e) for e in range(EXPERTS)] == [True] * EXPERTS
         drop(file, 2 * stride, 2 * stride)
-        found = [residency.cached(0, e) for e in range(EXPERTS)]
-        if all(found):
+        cached = [residency.cached(0, e) for e in range(EXPERTS)]
+        if all(cached):
             pytest.skip("this file system drops nothing")
-        assert found == [True, True, False, False, True, True]
+        assert cached == [True, True, False, False, True, True]
         # Half of one is not one.
         drop(file, 4 * stride, stride // 2)
         assert not residency.cached(0, 4)

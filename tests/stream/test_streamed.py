@@ -1,4 +1,4 @@
-"""A streamed switch layer gives mlx-lm's own numbers, to the bit, whatever is asked of it."""
+"""A streamed switch layer gives mlx-lm's own numbers for any input, on a CPU to the bit."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
+from flash_moe.checkpoint.locations import packed_layer
 from flash_moe.checkpoint.switches import record_layout, shell
 from flash_moe.format.layout import Layout
-from flash_moe.kernels.backends import Kernels
+from flash_moe.kernels.interface import Kernels
 from flash_moe.stream.bank import Bank
 from flash_moe.stream.reader import Reader
-from flash_moe.stream.store import ExpertStore, packed_layer
-from flash_moe.stream.streamed import StreamedSwitch, Streamer
+from flash_moe.stream.store import ExpertStore
+from flash_moe.stream.streamed import StreamedLayer, StreamedSwitch, Streamer
+from tests.devices import CUDA, assert_exact_on_cpu
 
 # Every mode that mlx-lm can load: (mode, bits, group size).
 QUANTIZATIONS = [
@@ -29,7 +31,8 @@ QUANTIZATIONS = [
     ("nvfp4", 4, 16),
     ("mxfp8", 8, 32),
 ]
-EXPERTS, HIDDEN, INNER = 12, 64, 128
+# No matrix of 64 columns: MLX 0.32.4 on CUDA computes those wrongly.
+EXPERTS, HIDDEN, INNER = 12, 128, 128
 
 
 def make_switch(kind: str, quantization: tuple[str, int, int] | None, bias: bool) -> nn.Module:
@@ -60,7 +63,7 @@ def serve(
     slots: int,
     kernels: Kernels | None = None,
 ) -> StreamedSwitch:
-    """A layer like `switch` with these records, all experts' arrays by part."""
+    """A layer like `switch`, its records made of `arrays`: those of all experts, by part."""
     records = np.zeros((EXPERTS, layout.stride), np.uint8)
     for part in layout.parts:
         array = arrays[part.name]
@@ -71,9 +74,20 @@ def serve(
     streamer = Streamer(store, Reader(threads=2), Bank(slots, layout.stride), kernels)
     fresh = SwitchGLU if isinstance(switch, SwitchGLU) else SwitchMLP
     bias = any(part.param == "bias" for part in layout.parts)
-    inner = shell(fresh(HIDDEN, INNER, EXPERTS, bias=bias), layout)
-    inner.activation = switch.activation
-    return StreamedSwitch(streamer, 0, inner)
+    lane_switch = shell(fresh(HIDDEN, INNER, EXPERTS, bias=bias), layout)
+    lane_switch.activation = switch.activation
+    return StreamedSwitch(StreamedLayer(streamer, 0, lane_switch))
+
+
+def computed(expected: mx.array) -> mx.array:
+    """mlx-lm's own output. Rejects the example where MLX's CUDA back end has no kernel for it."""
+    try:
+        mx.eval(expected)
+    except RuntimeError:
+        if not CUDA:
+            raise
+        reject()
+    return expected
 
 
 @settings(max_examples=120, deadline=None)
@@ -101,13 +115,11 @@ def test_streamed_equals_resident(
     switch = make_switch(kind, quantization, bias)
     x = mx.random.normal((*lead, HIDDEN)).astype(dtype)
     indices = mx.random.randint(0, EXPERTS, (*lead, k)).astype(mx.uint32)
-    expected = switch(x, indices)
+    expected = computed(switch(x, indices))
     with TemporaryDirectory() as folder:
         streamed = stream(switch, Path(folder), 2 * lane)
-        streamer = streamed._streamer
-        got = streamed(x, indices)
-        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
-        assert mx.array_equal(got, expected)
+        streamer = streamed.layer.streamer
+        assert_exact_on_cpu(streamed(x, indices), expected)
         distinct = len(np.unique(np.array(indices)))
         assert streamer.reader.counters.experts == distinct, "an expert was read twice"
         streamer.bank.check()
@@ -116,7 +128,7 @@ def test_streamed_equals_resident(
 
 @pytest.mark.parametrize("lane", [2, EXPERTS])
 def test_two_lazy_calls_do_not_overwrite_each_other(tmp_path: Path, lane: int) -> None:
-    """Regression: outputs that nobody has asked for yet must survive later reads."""
+    """Regression: outputs that are not evaluated yet must survive later reads."""
     mx.random.seed(1)
     switch = make_switch("glu", ("affine", 4, 32), bias=False)
     streamed = stream(switch, tmp_path, 2 * lane)
@@ -124,11 +136,11 @@ def test_two_lazy_calls_do_not_overwrite_each_other(tmp_path: Path, lane: int) -
     picks = [mx.random.randint(0, EXPERTS, (3, 2)) for _ in range(6)]
     lazy = [streamed(x, pick) for x, pick in zip(xs, picks, strict=True)]
     for got, x, pick in zip(lazy, xs, picks, strict=True):
-        assert mx.array_equal(got, switch(x, pick))
+        assert_exact_on_cpu(got, switch(x, pick))
 
 
 def test_streamed_layer_has_no_parameters(tmp_path: Path) -> None:
-    """mlx-lm must neither load, count nor quantize what is on disk."""
+    """mlx-lm must not load, count or quantize experts that are on disk."""
     streamed = stream(make_switch("glu", None, bias=False), tmp_path, 4)
     assert not streamed.parameters()
     assert not list(streamed.leaf_modules())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,9 @@ import pytest
 from mlx_lm.utils import load_model
 
 from flash_moe.checkpoint.folder import open_folder
-from flash_moe.errors import CheckpointError, NoSpace, OptionError
-from flash_moe.synth import model as synth
-from flash_moe.synth.model import nbytes, synthesize
+from flash_moe.errors import CheckpointError, NoSpace, OptionError, Remedy
+from flash_moe.synth.job import SynthJob
+from flash_moe.synth.model import SHAPES, nbytes, synthesize
 from tests.strategies import TINY, tiny_checkpoint
 
 
@@ -26,7 +27,7 @@ def hashes(folder: Path) -> dict[str, str]:
     ("bits", "dtype"), [(4, "float32"), (2, "bfloat16"), (3, "float16"), (8, "float32")]
 )
 def test_mlx_lm_loads_it_strictly(tmp_path: Path, bits: int, dtype: str) -> None:
-    folder = tiny_checkpoint(tmp_path / "made", bits=bits, dtype=dtype)
+    folder = tiny_checkpoint(tmp_path / "model", bits=bits, dtype=dtype)
     model, config = load_model(folder, strict=True)
     logits = model(mx.array([[1, 2, 3]])).astype(mx.float32)
     assert config["quantization"]["bits"] == bits
@@ -39,7 +40,7 @@ def test_mlx_lm_loads_it_strictly(tmp_path: Path, bits: int, dtype: str) -> None
 
 def test_the_size_is_known_before(tmp_path: Path) -> None:
     written: list[int] = []
-    folder = tiny_checkpoint(tmp_path / "made", progress=written.append)
+    folder = tiny_checkpoint(tmp_path / "model", progress=written.append)
     assert sum(written) == nbytes(TINY) == open_folder(folder).nbytes
 
 
@@ -67,8 +68,8 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     }
 
 
-def test_no_two_experts_are_alike(tmp_path: Path) -> None:
-    weights = mx.load(str(next(tiny_checkpoint(tmp_path / "made").glob("*.safetensors"))))
+def test_no_two_experts_are_equal(tmp_path: Path) -> None:
+    weights = mx.load(str(next(tiny_checkpoint(tmp_path / "model").glob("*.safetensors"))))
     stacks = [
         array for name, array in weights.items() if "switch_mlp" in name and name.endswith("weight")
     ]
@@ -82,34 +83,35 @@ def test_too_little_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, enough: bool
 ) -> None:
     usage = SimpleNamespace(free=nbytes(TINY) + free)
-    monkeypatch.setattr(synth.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     if enough:
-        tiny_checkpoint(tmp_path / "made")
+        tiny_checkpoint(tmp_path / "model")
         return
-    with pytest.raises(NoSpace):
-        tiny_checkpoint(tmp_path / "made")
+    with pytest.raises(NoSpace) as refusal:
+        tiny_checkpoint(tmp_path / "model")
+    assert refusal.value.remedy is Remedy.PACK_ELSEWHERE
     assert not list(tmp_path.iterdir())
-    tiny_checkpoint(tmp_path / "made", sparse=True)
+    tiny_checkpoint(tmp_path / "model", sparse=True)
 
 
-def test_an_existing_folder_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "made").mkdir()
+def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
     with pytest.raises(CheckpointError, match="exists"):
-        tiny_checkpoint(tmp_path / "made")
-    assert [path.name for path in tmp_path.rglob("*")] == ["made"]
+        tiny_checkpoint(tmp_path / "model")
+    assert [path.name for path in tmp_path.rglob("*")] == ["model"]
 
 
-def test_a_half_made_one_does_not_load_and_is_begun_anew(tmp_path: Path) -> None:
+def test_a_half_made_checkpoint_does_not_load_and_is_begun_anew(tmp_path: Path) -> None:
     def stop(nbytes: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tiny_checkpoint(tmp_path / "made", progress=stop)
-    assert not (tmp_path / "made").exists()
+        tiny_checkpoint(tmp_path / "model", progress=stop)
+    assert not (tmp_path / "model").exists()
     with pytest.raises(CheckpointError):
-        open_folder(tmp_path / "made.partial")
-    folder = tiny_checkpoint(tmp_path / "made")
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+        open_folder(tmp_path / "model.partial")
+    folder = tiny_checkpoint(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert hashes(folder) == hashes(tiny_checkpoint(tmp_path / "again"))
 
 
@@ -120,12 +122,25 @@ def test_a_half_made_one_does_not_load_and_is_begun_anew(tmp_path: Path) -> None
 )
 def test_impossible_shapes(tmp_path: Path, changes: dict[str, int]) -> None:
     with pytest.raises(OptionError):
-        synthesize(tmp_path / "made", replace(TINY, **changes))
+        synthesize(tmp_path / "model", replace(TINY, **changes))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("options", [{"bits": 7}, {"dtype": "int8"}, {"group_size": 48}], ids=str)
 def test_impossible_options(tmp_path: Path, options: dict[str, int]) -> None:
     with pytest.raises(OptionError):
-        tiny_checkpoint(tmp_path / "made", **options)
+        tiny_checkpoint(tmp_path / "model", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_job_is_a_named_shape_with_some_numbers_changed(tmp_path: Path) -> None:
+    job = SynthJob.plan("small", layers=4, experts=3, bits=2)
+    assert job.shape == replace(SHAPES["small"], layers=4, experts=3, experts_per_token=3)
+    written: list[int] = []
+    job.write(tmp_path / "model", written.append)
+    folder = open_folder(tmp_path / "model")
+    assert sum(written) == job.nbytes == folder.nbytes
+    assert folder.config["quantization"]["bits"] == 2
+    assert SynthJob.plan("397b").shape == SHAPES["397b"]
+    with pytest.raises(OptionError, match="choose small or 397b"):
+        SynthJob.plan("large")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 NAME = "flash-moe-tiny"
-FOLDER = Path(__file__).parent / NAME
+# Name → folder.
+BUILT_IN = {NAME: Path(__file__).parent / NAME}
 # Conversations, tasks and text that it was not trained on.
-HELD_OUT = FOLDER / "heldout"
-MODELS = {NAME: FOLDER}
+HELD_OUT = BUILT_IN[NAME] / "heldout"

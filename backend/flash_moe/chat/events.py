@@ -1,7 +1,7 @@
-"""A reply as it streams, told apart: thoughts, answer, calls of tools.
+"""Split a reply, as it streams, into thoughts, answer and tool calls.
 
-Everything is found in the text, since some formats mark it with tokens of their own and some with
-plain characters; nothing that may be the start of a marker is given out early.
+Works on text, because some formats mark their parts with special tokens and others with plain
+characters. Text that might be the start of a marker waits until it is clear whether it is one.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any, Literal
 from flash_moe.chat.stops import overlap
 from flash_moe.chat.tool_calls import Call, ToolFormat
 
-# A function's name, where it is sure before the call is complete.
+# A function's name, as soon as it is certain, while the call itself is still incomplete.
 EARLY_NAME = re.compile(r'\s*(?:<function=([^>\s]+)>|\{\s*"name"\s*:\s*"([^"\\]+)")')
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """text and reasoning come in pieces. A call is told of by its name as soon as that is known,
-    and again when it is complete, with its arguments; `index` says which call it is."""
+    """Text and reasoning come in pieces. A call comes twice: by name as soon as that is known, and
+    with its arguments once it is complete; `index` numbers the calls of a reply."""
 
     kind: Literal["text", "reasoning", "call_name", "call"]
     text: str = ""
@@ -31,120 +31,121 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Markers:
-    """What tells the parts of a model's replies apart; empty where it has no such part."""
+    """How a model marks the parts of its replies; empty for parts that it does not have."""
 
     thought: tuple[str, str] = ("", "")
-    form: ToolFormat | None = None
+    tool_format: ToolFormat | None = None
     tools: Sequence[dict[str, Any]] = ()
 
     def all(self) -> set[str]:
-        form = self.form
-        return {*self.thought, *((form.start, form.end) if form else ())} - {""}
+        call = (self.tool_format.start, self.tool_format.end) if self.tool_format else ()
+        return {*self.thought, *call} - {""}
 
 
 class Splitter:
-    """Feed text as it comes, get events. `thinking` says whether a thought is being written."""
+    """Feed it text, get events. `thinking` says whether the model is in a thought."""
 
     def __init__(self, markers: Markers, thinking: bool) -> None:
-        self._markers = markers
-        self._held = ""
-        self._calls = 0
-        self._in_call = self._named = False
-        # White space around a thought and before a call belongs to the format.
-        self._leading = thinking
-        self._untold = True
+        self.markers = markers
         self.thinking = thinking
+        self._pending = ""
+        self._in_call = self._named = False
+        self._calls = 0
+        # White space around a thought and before a call belongs to the format.
+        self._strip = thinking
+        self._at_start = True
 
     def feed(self, text: str) -> list[Event]:
-        self._held += text
-        found: list[Event] = []
-        while self._advance(found):
+        self._pending += text
+        events: list[Event] = []
+        while self._advance(events):
             pass
-        return found
+        return events
 
     def finish(self) -> list[Event]:
-        """The rest, when no more text will come. A call that was cut off is given as text."""
-        held, self._held = self._held, ""
-        form = self._markers.form
-        if self._in_call and form is not None:
-            return [Event("text", form.start + held)] if form.end else self._called(held)
-        if not held.strip() and (self.thinking or self._leading or not held):
+        """The rest, at the end of the reply. A call that was cut off comes as text."""
+        rest, self._pending = self._pending, ""
+        tool_format = self.markers.tool_format
+        if self._in_call and tool_format is not None:
+            if tool_format.end:
+                return [Event("text", tool_format.start + rest)]
+            return self._call_events(rest)
+        if not rest.strip() and (self.thinking or self._strip or not rest):
             return []
-        return [Event("reasoning" if self.thinking else "text", held)]
+        return [Event("reasoning" if self.thinking else "text", rest)]
 
-    def _advance(self, found: list[Event]) -> bool:
-        """Take what can be taken from what is held; whether another part has begun."""
+    def _advance(self, events: list[Event]) -> bool:
+        """Read one part as far as it goes; True if another part has begun."""
         if self._in_call:
-            return self._call(found)
-        return self._thought(found) if self.thinking else self._answer(found)
+            return self._read_call(events)
+        return self._read_thought(events) if self.thinking else self._read_answer(events)
 
-    def _thought(self, found: list[Event]) -> bool:
-        begun = self._take(found, "reasoning", self._markers.thought[1])
-        if begun:
-            self.thinking, self._leading, self._untold = False, True, False
-        return begun is not None
+    def _read_thought(self, events: list[Event]) -> bool:
+        marker = self._read_until(events, "reasoning", self.markers.thought[1])
+        if marker:
+            self.thinking, self._strip, self._at_start = False, True, False
+        return marker is not None
 
-    def _answer(self, found: list[Event]) -> bool:
-        form, (think, _) = self._markers.form, self._markers.thought
-        # A reply may open its thought itself; later such a marker is but text.
-        starts = [think if self._untold else "", form.start if form else ""]
-        begun = self._take(found, "text", *starts)
-        if begun == think and begun:
-            self.thinking, self._leading = True, True
-        elif begun:
+    def _read_answer(self, events: list[Event]) -> bool:
+        tool_format, (think, _) = self.markers.tool_format, self.markers.thought
+        # A reply may open with a thought; further on, the marker is plain text.
+        starts = [think if self._at_start else "", tool_format.start if tool_format else ""]
+        marker = self._read_until(events, "text", *starts)
+        if marker == think and marker:
+            self.thinking, self._strip = True, True
+        elif marker:
             self._in_call, self._named = True, False
-        return begun is not None
+        return marker is not None
 
-    def _call(self, found: list[Event]) -> bool:
-        form = self._markers.form
-        assert form is not None
-        if not self._named and (match := EARLY_NAME.match(self._held)):
-            found.append(Event("call_name", match[1] or match[2], self._calls))
+    def _read_call(self, events: list[Event]) -> bool:
+        tool_format = self.markers.tool_format
+        assert tool_format is not None
+        if not self._named and (match := EARLY_NAME.match(self._pending)):
+            events.append(Event("call_name", match[1] or match[2], self._calls))
             self._named = True
-        inside, end, rest = self._held.partition(form.end) if form.end else ("", "", "")
+        end = tool_format.end
+        inside, end, rest = self._pending.partition(end) if end else ("", "", "")
         if not end:
             return False
-        self._held, self._in_call, self._leading = rest, False, True
-        found += self._called(inside)
+        self._pending, self._in_call, self._strip = rest, False, True
+        events += self._call_events(inside)
         return True
 
-    def _called(self, inside: str) -> list[Event]:
-        """What cannot be read as a call is given as it was written: nothing is lost."""
-        form, tools = self._markers.form, self._markers.tools
-        assert form is not None
-        calls = form.calls(form.start + inside + form.end, tools)
+    def _call_events(self, inside: str) -> list[Event]:
+        """A call that cannot be parsed comes as text, so that nothing is lost."""
+        tool_format, tools = self.markers.tool_format, self.markers.tools
+        assert tool_format is not None
+        text = tool_format.start + inside + tool_format.end
+        calls = tool_format.calls(text, tools)
         if not calls:
-            return [Event("text", form.start + inside + form.end)]
-        found = []
+            return [Event("text", text)]
+        events = []
         for call in calls:
             if not self._named:
-                found.append(Event("call_name", call["name"], self._calls))
-            found.append(Event("call", index=self._calls, call=call))
+                events.append(Event("call_name", call["name"], self._calls))
+            events.append(Event("call", index=self._calls, call=call))
             self._named, self._calls = False, self._calls + 1
-        return found
+        return events
 
-    def _take(
-        self, found: list[Event], kind: Literal["text", "reasoning"], *markers: str
+    def _read_until(
+        self, events: list[Event], kind: Literal["text", "reasoning"], *markers: str
     ) -> str | None:
-        """Give out what is held up to the first marker, which is returned, and dropped."""
+        """Emit the pending text up to the first of the markers; drop and return that marker."""
         markers = tuple(marker for marker in markers if marker)
         at, marker = min(
-            ((i, m) for m in markers if (i := self._held.find(m)) >= 0), default=(-1, None)
+            ((i, m) for m in markers if (i := self._pending.find(m)) >= 0), default=(-1, None)
         )
         if marker is None:
-            keep = max((overlap(self._held, m) for m in markers), default=0)
-            given = self._held[: len(self._held) - keep]
+            uncertain = max((overlap(self._pending, m) for m in markers), default=0)
+            text = self._pending[: len(self._pending) - uncertain]
             # Without markers there is no format that the white space could belong to.
-            given = given[: len(given.rstrip())] if markers else given
-            self._held = self._held[len(given) :]
+            text = text.rstrip() if markers else text
+            self._pending = self._pending[len(text) :]
         else:
-            given, self._held = self._held[:at].rstrip(), self._held[at + len(marker) :]
-        if self._leading:
-            stripped = given.lstrip()
-            if marker is None and not stripped:
-                return None
-            given = stripped
-        if given:
-            found.append(Event(kind, given))
-            self._leading = self._untold = False
+            text, self._pending = self._pending[:at].rstrip(), self._pending[at + len(marker) :]
+        if self._strip:
+            text = text.lstrip()
+        if text:
+            events.append(Event(kind, text))
+            self._strip = self._at_start = False
         return marker

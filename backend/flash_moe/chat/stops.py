@@ -1,4 +1,4 @@
-"""Stop strings over streamed text: nothing that may be the start of one is given out early."""
+"""Stop strings in streamed text. Text that might be the start of one waits until that is clear."""
 
 from __future__ import annotations
 
@@ -6,39 +6,42 @@ from collections.abc import Sequence
 
 
 class StopScanner:
-    """Feed text as it comes; `stopped` is set once a stop string was met, and not given out."""
+    """Feed it text, get back the text that can be shown. A stop string sets `stopped`; neither it
+    nor anything after it is shown."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
-        self._held = ""
+        self._pending = ""
         self.stopped = False
 
     def feed(self, text: str) -> str:
-        """What can be given out now."""
+        """The text that can be shown now."""
         if self.stopped:
             return ""
-        self._held += text
-        # The one complete first, the longest of those: how the text was cut changes nothing.
-        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
+        self._pending += text
+        # The first to be complete, the longest of several: the cuts between pieces do not matter.
+        matches = [
+            (start + len(stop), start)
+            for stop in self._stops
+            if (start := self._pending.find(stop)) >= 0
+        ]
+        if matches:
             self.stopped = True
-            given, self._held = self._held[: min(found)[1]], ""
-            return given
-        keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
-        given, self._held = (
-            self._held[: len(self._held) - keep],
-            self._held[len(self._held) - keep :],
-        )
-        return given
+            text, self._pending = self._pending[: min(matches)[1]], ""
+            return text
+        uncertain = max((overlap(self._pending, stop) for stop in self._stops), default=0)
+        clear = len(self._pending) - uncertain
+        text, self._pending = self._pending[:clear], self._pending[clear:]
+        return text
 
     def finish(self) -> str:
-        """The rest, when no more text will come."""
-        given, self._held = self._held, ""
-        return given
+        """The rest, at the end of the reply."""
+        text, self._pending = self._pending, ""
+        return text
 
 
 def overlap(text: str, stop: str) -> int:
-    """The longest end of `text` that begins `stop`."""
+    """The length of the longest end of `text` that begins `stop`."""
     return next(
         (n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0
     )

@@ -1,6 +1,6 @@
-"""Render a checkpoint's chat template: bare jinja2, sandboxed, as transformers does it.
+"""Render a checkpoint's chat template with plain jinja2, the way transformers does.
 
-A template is code from a download, so it runs in jinja2's immutable sandbox.
+A template is downloaded code, so it runs in jinja2's immutable sandbox.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flash_moe.errors import CheckpointError, OptionError
 
-# A grammar lets nothing through that does not match, but only what was said can be meant.
+# The grammar only filters what the model writes; the model must still be told what to write.
 SCHEMA_PROMPT = "Reply with JSON that matches this schema:\n{}"
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what a model is trained to say; rendered, it is what it encloses."""
+    """`{% generation %}` marks the text that models are trained on. Rendering keeps the text."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -42,44 +42,44 @@ class Template:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda text: datetime.now().strftime(text)
-        # How it writes tool calls tells which parser reads them.
+        # The way it writes tool calls decides which parser reads them.
         self.source = source
         self._special_tokens = special_tokens
         try:
             self._template = environment.from_string(source)
-        except Exception as error:  # nesting too deep, for one, is no TemplateError
+        except Exception as error:  # not only TemplateError: nesting too deep raises others
             raise CheckpointError(
-                f"The model's chat template is broken: {_said(error)}."
+                f"The model's chat template is broken: {_one_line(error)}."
             ) from error
 
     def render(self, messages: Sequence[dict[str, Any]], **variables: Any) -> str:
-        """The conversation as text, with the opening of the assistant's turn, unless
-        `add_generation_prompt=False` asks for none."""
+        """The conversation as text. It ends with the opening of the assistant's turn, unless
+        `add_generation_prompt` is False."""
         try:
             return self._template.render(
                 messages=[_with_thinking(message) for message in messages],
                 **self._special_tokens,
                 **{"add_generation_prompt": True, "tools": None, "documents": None, **variables},
             )
-        except Exception as error:  # a template is a program: it can fail in every way
+        except Exception as error:  # a template is a program: it can fail in any way
             raise OptionError(
-                f"The model's chat template does not take this conversation: {_said(error)}."
+                f"The model's chat template rejects this conversation: {_one_line(error)}."
             ) from error
 
 
 def with_schema(messages: Sequence[dict[str, Any]], schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """The conversation with the wish for JSON at the end of its instructions."""
-    wish = SCHEMA_PROMPT.format(json.dumps(schema))
+    """The conversation with a request for matching JSON at the end of its system prompt."""
+    request = SCHEMA_PROMPT.format(json.dumps(schema))
     if messages and messages[0]["role"] == "system":
         first, *rest = messages
-        return [{**first, "content": f"{first['content']}\n\n{wish}"}, *rest]
-    return [{"role": "system", "content": wish}, *messages]
+        return [{**first, "content": f"{first['content']}\n\n{request}"}, *rest]
+    return [{"role": "system", "content": request}, *messages]
 
 
 def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
-    """gpt-oss calls the reasoning so."""
-    thoughts = message.get("reasoning_content")
-    return message if thoughts is None else {"thinking": thoughts, **message}
+    """The same message with its reasoning under gpt-oss's name for it, too."""
+    reasoning = message.get("reasoning_content")
+    return message if reasoning is None else {"thinking": reasoning, **message}
 
 
 def _to_json(
@@ -102,7 +102,7 @@ def _raise(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _said(error: Exception) -> str:
-    """One line; the kind of error, too, where its words alone say little."""
+def _one_line(error: Exception) -> str:
+    """The message on one line. jinja2's explain themselves; others need the name of their type."""
     text = " ".join(str(error).split()).rstrip(".") or "no reason given"
     return text if isinstance(error, TemplateError) else f"{type(error).__name__}: {text}"

@@ -1,8 +1,8 @@
 """Text ↔ token ids, with the tokenizer that came with the checkpoint.
 
 The `tokenizers` library reads tokenizer.json in a third of the time and memory that transformers
-takes (1.1–1.8 s against 3.7–6.7 s for a vocabulary of 248,000); transformers is only asked where
-a checkpoint has no tokenizer.json.
+takes (1.1–1.8 s against 3.7–6.7 s for a vocabulary of 248,000); transformers is only used if a
+checkpoint has no tokenizer.json.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from flash_moe.chat.template import Template
-from flash_moe.checkpoint.folder import read_json
 from flash_moe.errors import CheckpointError
+from flash_moe.format.json_files import read_json, read_json_if_present, read_text
 
-# The bytes alone are 256.
+# The single bytes alone are this many.
 SMALLEST_VOCABULARY = 256
-# What templates may name, as transformers hands it to them.
+# The variables that transformers gives to templates.
 SPECIAL = (
     "bos_token",
     "eos_token",
@@ -33,14 +33,14 @@ SPECIAL = (
 )
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class ChatTokenizer:
     tokenizer: Tokenizer
     template: Template | None
     stop_tokens: frozenset[int]
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], **variables: Any) -> list[int]:
-        """The ids of a conversation, up to where the assistant speaks next."""
+        """The ids of a conversation, up to the point where the assistant goes on."""
         return self.encode_rendered(self.render_chat(messages, **variables))
 
     def render_chat(self, messages: Sequence[dict[str, Any]], **variables: Any) -> str:
@@ -62,48 +62,51 @@ class ChatTokenizer:
         return text
 
     def text_of(self, token: int) -> str:
-        """One token alone, also a special one."""
+        """The text of a single token, special ones included."""
         text: str = self.tokenizer.decode([token], skip_special_tokens=False)
         return text
 
-    def stream(self, kept: Iterable[str] = ()) -> TextStream:
-        """`kept` are special tokens whose text is wanted."""
-        return TextStream(self, _known(self.tokenizer, kept))
+    def stream(self, visible: Iterable[str] = ()) -> TextStream:
+        """`visible` are special tokens to show as text; all others are left out."""
+        return TextStream(self, _token_ids(self.tokenizer, visible))
 
 
 class TextStream:
-    """Token by token to text, never a part of a character: a token that ends inside one gives
-    nothing, and the one that completes it gives all. `finish` gives what is left."""
+    """Turns tokens into text one by one, whole characters only: a token that ends inside a
+    character gives nothing, the one that completes it gives all of it. `finish` gives the rest."""
 
-    def __init__(self, tokenizer: ChatTokenizer, kept: Collection[int] = ()) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, visible: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._kept = kept
+        self._visible = visible
         self._begin()
 
     def _begin(self) -> None:
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
-        self._given = ""
+        self._text = ""
 
     def add(self, token: int) -> str:
-        if token in self._kept:
+        if token in self._visible:
             rest = self.finish()
             self._begin()
             return rest + str(self._tokenizer.tokenizer.id_to_token(token))
         self._ids.append(token)
         text = self._decoder.step(self._tokenizer.tokenizer, token) or ""
-        self._given += text
+        self._text += text
         return text
 
     def finish(self) -> str:
         whole = self._tokenizer.decode(self._ids)
-        return whole[len(self._given) :] if whole.startswith(self._given) else ""
+        return whole[len(self._text) :] if whole.startswith(self._text) else ""
 
 
 def load_tokenizer(path: Path) -> ChatTokenizer:
     """The tokenizer, template and stop tokens of a checkpoint folder."""
-    config = _optional_json(path / "tokenizer_config.json")
+    config = read_json_if_present(path / "tokenizer_config.json")
     tokenizer = _tokenizer(path)
+    # Some files ask for them. They would silently cut or pad every prompt.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     template = _template(path, config)
     special = {name: text for name in SPECIAL if (text := _token_text(config.get(name)))}
     stops = _stop_tokens(path, tokenizer, special.get("eos_token"))
@@ -126,15 +129,15 @@ def _from_transformers(path: Path) -> Tokenizer:
     try:
         from transformers import AutoTokenizer
 
-        # Code that came with a download is not run, nor is the user asked whether to.
+        # Never run downloaded code, nor ask the user whether to.
         slow = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         converted: Tokenizer = slow.backend_tokenizer
-        # From a config alone transformers makes a tokenizer that knows no words.
+        # From a config alone, transformers makes a tokenizer with an empty vocabulary.
         if converted.get_vocab_size(with_added_tokens=False) < SMALLEST_VOCABULARY:
             raise ValueError("no vocabulary")
     except Exception as error:  # anything may be missing or malformed here
         raise CheckpointError(
-            f"{path} has no tokenizer.json, and transformers cannot make one from what is there "
+            f"{path} has no tokenizer.json, and transformers cannot make one from the other files "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
             "Download the tokenizer's files as well."
         ) from error
@@ -146,13 +149,13 @@ def _template(path: Path, config: dict[str, Any]) -> str | None:
         file = path / name
         if file.exists():
             if file.suffix == ".jinja":
-                return _text(file)
+                return read_text(file)
             return _default(read_json(file).get("chat_template"))
     return _default(config.get("chat_template"))
 
 
 def _default(template: Any) -> str | None:
-    """One template, or the default (else the first) of a list of named ones."""
+    """The template, or of a list of named ones the one called default, else the first."""
     if isinstance(template, list):
         entries = [entry for entry in template if isinstance(entry, dict)]
         named = {str(entry.get("name")): entry.get("template") for entry in entries}
@@ -160,33 +163,22 @@ def _default(template: Any) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}). Download it again.") from error
-
-
 def _stop_tokens(path: Path, tokenizer: Tokenizer, eos: str | None) -> frozenset[int]:
-    """Every id that ends a reply, from wherever checkpoints write it."""
+    """Every id that ends a reply, from all the places where checkpoints declare one."""
     config = read_json(path / "config.json")
-    places = [_optional_json(path / "generation_config.json"), config]
-    places += [value for value in config.values() if isinstance(value, dict)]
-    found: set[int] = set()
-    for place in places:
-        ids = place.get("eos_token_id")
-        found.update(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
-    found.update(_known(tokenizer, [eos, "<|im_end|>", "<|endoftext|>"]))
-    return frozenset(found)
+    tables = [read_json_if_present(path / "generation_config.json"), config]
+    tables += [value for value in config.values() if isinstance(value, dict)]
+    stops = _token_ids(tokenizer, [eos, "<|im_end|>", "<|endoftext|>"])
+    for table in tables:
+        ids = table.get("eos_token_id")
+        stops.update(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
+    return frozenset(stops)
 
 
-def _known(tokenizer: Tokenizer, texts: Iterable[str | None]) -> set[int]:
+def _token_ids(tokenizer: Tokenizer, texts: Iterable[str | None]) -> set[int]:
+    """The ids of the texts that are tokens."""
     ids = {tokenizer.token_to_id(text) for text in texts if text is not None}
     return {i for i in ids if i is not None}
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
 
 
 def _token_text(value: Any) -> str | None:

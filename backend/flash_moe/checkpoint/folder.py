@@ -1,18 +1,18 @@
 """A checkpoint folder before any weight is read: its files, its config, its form.
 
-Everything that the rest needs to trust is checked here: shards are all present, headers are
-sound, the config is one that mlx-lm can be asked about.
+Everything that other modules rely on is checked here: shards are all present, headers are sound,
+the config names an architecture.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flash_moe.errors import CheckpointError, OptionError
+from flash_moe.format.json_files import read_json
 from flash_moe.format.manifest import MANIFEST, Manifest, read_manifest
 from flash_moe.format.safetensors import Tensor, read_headers
 
@@ -33,7 +33,6 @@ ROUTED_EXPERTS = (
     "moe_num_experts",
     "num_routed_experts",
 )
-MAX_JSON_BYTES = 64_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,37 +65,24 @@ def open_folder(path: Path) -> Folder:
         raise CheckpointError(f"{path} is not a folder. Give the folder that holds config.json.")
     config = read_json(path / "config.json")
     if not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{path / 'config.json'} names no model_type; is it a model's?")
+        raise CheckpointError(
+            f"{path / 'config.json'} names no model_type: it is not the config of a model."
+        )
     manifest = read_manifest(path) if (path / MANIFEST).exists() else None
     files = sorted(path.glob("model*.safetensors"))
     _require_all_shards(path, files)
     return Folder(path, config, read_headers(files), manifest)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or CheckpointError."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is too large to be what its name says.")
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}). Download it again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object. Download it again.")
-    return value
-
-
 def routed_experts(config: dict[str, Any]) -> int:
     """How many routed experts a layer has, as far as the config says; 0 for a dense model."""
-    counts = [n for *_, value in _settings(config, ROUTED_EXPERTS) for n in _counts(value)]
+    counts = [n for *_, value in _entries(config, ROUTED_EXPERTS) for n in _counts(value)]
     return max(counts, default=0)
 
 
 def experts_per_token(config: dict[str, Any]) -> int | None:
     """K: how many experts a token uses in a layer, the most where layers differ."""
-    for *_, value in _settings(config, EXPERTS_PER_TOKEN):
+    for *_, value in _entries(config, EXPERTS_PER_TOKEN):
         if counts := _counts(value):
             return max(counts)
     return None
@@ -113,15 +99,15 @@ def with_experts_per_token(config: dict[str, Any], experts: int | None) -> dict[
     if not 1 <= experts <= max(total, own):
         raise OptionError(f"experts={experts}: this model has {total}; choose 1 to {total}.")
     changed = copy.deepcopy(config)
-    for place, key, value in _settings(changed, EXPERTS_PER_TOKEN):
+    for place, key, value in _entries(changed, EXPERTS_PER_TOKEN):
         place[key] = [experts] * len(value) if isinstance(value, list) else experts
     return changed
 
 
-def _settings(
+def _entries(
     config: dict[str, Any], keys: tuple[str, ...]
 ) -> list[tuple[dict[str, Any], str, Any]]:
-    """Where a setting stands: at the top, or in the nested config of the language model."""
+    """(place, key, value) of each: at the top, or in a nested config such as a language model's."""
     places = [config, *(value for value in config.values() if isinstance(value, dict))]
     return [
         (place, key, place[key]) for place in places for key in keys if place.get(key) is not None
@@ -129,14 +115,14 @@ def _settings(
 
 
 def _counts(value: Any) -> list[int]:
-    """One for all layers, or one a layer; what is no count is not counted."""
+    """One for all layers, or one a layer; anything but a count is left out."""
     return [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
 
 
 def _require_all_shards(path: Path, files: list[Path]) -> None:
     if not files:
         raise CheckpointError(
-            f"{path} holds no model*.safetensors. Give the folder of a downloaded checkpoint."
+            f"{path} holds no model*.safetensors files. Give the folder of a downloaded checkpoint."
         )
     index = path / "model.safetensors.index.json"
     if not index.exists():

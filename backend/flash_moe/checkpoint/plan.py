@@ -1,4 +1,4 @@
-"""What a model needs, known from headers: disk, memory, bytes a token. Nothing is read or written.
+"""What a model needs, known from headers: disk, memory, bytes a token. No weight is read.
 
 The floor of a token is the bytes that it must read, over the bandwidth that they come at.
 """
@@ -8,17 +8,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flash_moe.checkpoint.skeleton import Skeleton
+from flash_moe.checkpoint.folder import Folder, experts_per_token
+from flash_moe.checkpoint.skeleton import Skeleton, open_skeleton
 from flash_moe.format.manifest import Requantized
-from flash_moe.stream.choice import Choice
-
-# The working set, both lanes. 256 MB are 64 experts of the 397B at 2 bits; a lane then serves
-# any K up to 32 at once, and prefill reads and computes in groups large enough for 1 MiB reads.
-BANK_BYTES = 256 << 20
+from flash_moe.options import BANK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """`own_experts_per_token` is the K that the model was trained with. `first_plane_bytes` is
+    what is read of a record in two planes for the first of them."""
+
     architecture: str
     form: str
     layers: int
@@ -33,28 +33,7 @@ class Plan:
     bank_bytes: int
     token_bytes: int
     requantized: Requantized | None = None
-    choice: Choice | None = None
-    # Of a record in two planes, what is read of it for the first alone.
-    first_bytes: int | None = None
-
-    @property
-    def lossy(self) -> list[str]:
-        """What makes it less exact than the checkpoint, in words; empty if nothing does."""
-        k = self.experts_per_token
-        choice = self.choice or Choice(k, k, renormalise=False)
-        # Two planes lose nothing where both are read, and the choice says where they are not.
-        made = self.requantized if self.requantized and not self.requantized.planes else None
-        return choice.lossy(self.own_experts_per_token) + ([str(made)] if made else [])
-
-    @property
-    def pack_bytes(self) -> int:
-        """Disk that a pack takes, give or take tokenizer files."""
-        return self.expert_bytes + self.resident_bytes
-
-    @property
-    def memory_bytes(self) -> int:
-        """Weights and bank; the state of a conversation comes on top."""
-        return self.resident_bytes + self.bank_bytes
+    first_plane_bytes: int | None = None
 
     def tokens_per_second(self, bandwidth: float) -> float:
         """The most that a disk of `bandwidth` bytes a second allows, with nothing cached."""
@@ -64,32 +43,45 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(skeleton: Skeleton, own_experts_per_token: int, bank_bytes: int = BANK_BYTES) -> Plan:
+def plan_folder(folder: Folder, experts: int | None = None) -> Plan:
+    """The plan of a folder that can be run as it is; `experts` is another K than its own."""
+    skeleton = open_skeleton(folder, chosen_experts(folder, experts))
+    skeleton.layers()
+    return make_plan(skeleton)
+
+
+def chosen_experts(folder: Folder, experts: int | None) -> int | None:
+    """The K that is asked for, or that a pack was made with, or None for the model's own."""
+    if experts is None and folder.manifest is not None:
+        return folder.manifest.experts_per_token
+    return experts
+
+
+def make_plan(skeleton: Skeleton, bank_bytes: int = BANK_BYTES) -> Plan:
     """Count what a skeleton holds. Works for checkpoints that must be packed first, too."""
     layouts = {path: skeleton.layout(path) for path in skeleton.switches}
     counts = {path: skeleton.expert_count(path) for path in skeleton.switches}
     widest = max(layouts.values(), key=lambda layout: layout.nbytes)
+    stride = max(layout.stride for layout in layouts.values())
     manifest = skeleton.folder.manifest
     k = skeleton.experts_per_token
-    slots = bank_slots(
-        max(layout.stride for layout in layouts.values()), k, max(counts.values()), bank_bytes
-    )
+    slots = bank_slots(stride, k, max(counts.values()), bank_bytes)
     return Plan(
         architecture=skeleton.folder.architecture,
         form=skeleton.folder.form,
         layers=len(layouts),
         experts=max(counts.values()),
         experts_per_token=k,
-        own_experts_per_token=own_experts_per_token,
+        own_experts_per_token=experts_per_token(skeleton.folder.config) or 1,
         bits=" and ".join(dict.fromkeys(layout.bits for layout in layouts.values())),
         record_bytes=widest.nbytes,
         expert_bytes=sum(layouts[path].nbytes * counts[path] for path in layouts),
         resident_bytes=sum(array.nbytes for array in skeleton.resident().values()),
         bank_slots=slots,
-        bank_bytes=slots * max(layout.stride for layout in layouts.values()),
+        bank_bytes=slots * stride,
         token_bytes=sum(k * layout.nbytes for layout in layouts.values()),
         requantized=manifest.requantized if manifest else None,
-        first_bytes=widest.first_bytes if widest.planes else None,
+        first_plane_bytes=widest.first_plane_bytes if widest.two_planes else None,
     )
 
 

@@ -1,15 +1,13 @@
-"""What mlx-lm makes of a checkpoint, with nothing read: its model, and where its experts are.
+"""What mlx-lm makes of a checkpoint before a weight is read: its model, and where its experts are.
 
-mlx-lm's own loader does the work, lazily, so that every architecture, every quantization and
-every vendor layout that it knows is known here. We only watch `sanitize` go by (see trace.py) and
-find the switch layers by type.
+mlx-lm's own loader does the work, lazily, so every architecture, quantization and vendor layout
+that it supports is supported here. We trace what its `sanitize` does (trace.py) and find the switch
+layers by type.
 """
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from flash_moe.checkpoint.folder import (
     routed_experts,
     with_experts_per_token,
 )
+from flash_moe.checkpoint.locations import ExpertLayer, Run, packed_layer
 from flash_moe.checkpoint.switches import (
     companions,
     expert_count,
@@ -32,11 +31,12 @@ from flash_moe.checkpoint.switches import (
     set_module,
     shell,
 )
-from flash_moe.checkpoint.trace import Pieces, View, trace, whole
-from flash_moe.errors import CheckpointError, NotContiguous, UnsupportedModel
-from flash_moe.format.layout import Layout, joined
-from flash_moe.format.safetensors import DTYPE_BITS, Tensor
-from flash_moe.stream.store import ExpertLayer, Run, packed_layer
+from flash_moe.checkpoint.trace import Pieces, View, entire, trace
+from flash_moe.errors import CheckpointError, NotContiguous, Remedy, UnsupportedModel
+from flash_moe.format.dtypes import BY_SAFETENSORS
+from flash_moe.format.layout import Layout, in_one_plane
+from flash_moe.format.safetensors import Tensor
+from flash_moe.upstream import load_model_lazily, model_classes
 
 # What mlx-lm's models raise on configs and weights that they were not written for.
 MLX_LM_REFUSALS = (
@@ -113,7 +113,9 @@ class Skeleton:
                 raise NotContiguous(
                     f"{self.folder.path}: the experts of this {self.folder.architecture} are "
                     f"not stored one by one ({name}), so they cannot be streamed in place. "
-                    f"Pack it: llm flash-moe pack {self.folder.path}"
+                    "Pack the checkpoint first.",
+                    Remedy.PACK,
+                    self.folder.path,
                 )
             runs.append(run)
         return ExpertLayer(path, experts, layout, tuple(runs))
@@ -126,7 +128,7 @@ def open_skeleton(folder: Folder, experts: int | None = None) -> Skeleton:
     switches: dict[str, nn.Module] = {}
 
     def classes(config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], type]:
-        model_class, args_class = _mlx_lm_classes(config)
+        model_class, args_class = model_classes(config)
 
         def build(args: Any) -> nn.Module:
             model = model_class(args)
@@ -150,40 +152,17 @@ def open_skeleton(folder: Folder, experts: int | None = None) -> Skeleton:
     return Skeleton(folder, model, config, switches, provenance)
 
 
-@contextmanager
-def _file_limit() -> Iterator[None]:
-    """mlx_lm.utils lowers the hard limit of open files when imported; put it back."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        yield
-    finally:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if (soft, hard) != limits and hard >= limits[0]:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limits[0]), hard))
-
-
-def _mlx_lm_classes(config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], type]:
-    from mlx_lm.utils import _get_classes
-
-    found: tuple[Callable[[Any], nn.Module], type] = _get_classes(config)
-    return found
-
-
 def _load_lazily(
     folder: Folder, config: dict[str, Any], classes: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
-    with _file_limit():
-        from mlx_lm.utils import load_model
     try:
-        model, config = load_model(
-            folder.path, lazy=True, model_config=config, get_model_classes=classes
-        )
+        return load_model_lazily(folder.path, config, classes)
     except MLX_LM_REFUSALS as error:
         raise UnsupportedModel(
             f"mlx-lm cannot build a {folder.architecture} from {folder.path}: "
-            f"{_first_line(error)}. A newer mlx-lm may know it: llm install -U mlx-lm"
+            f"{_first_line(error)}. A newer mlx-lm may know it.",
+            Remedy.UPGRADE_MLX_LM,
         ) from error
-    return model, config
 
 
 def _first_line(error: Exception) -> str:
@@ -214,7 +193,7 @@ def _expect_pack(model: nn.Module, folder: Folder, switches: dict[str, nn.Module
         )
     for layer in folder.manifest.layers:
         switches[layer.path] = shell(own[layer.path], layer.layout)
-        if _shapes(record_layout(switches[layer.path])) != _shapes(joined(layer.layout)):
+        if _shapes(record_layout(switches[layer.path])) != _shapes(in_one_plane(layer.layout)):
             raise CheckpointError(
                 f"{folder.path}: the experts of {layer.path} are not of the shapes that this "
                 "mlx-lm builds for its config. Pack the model again."
@@ -254,7 +233,7 @@ def _place(view: View, folder: Folder) -> tuple[Path, int]:
 def _as_named(tensors: dict[str, Tensor]) -> Provenance:
     """An architecture without `sanitize` takes the tensors as they are called."""
     return {
-        name: (whole(name, tensor.shape, max(DTYPE_BITS[tensor.dtype] // 8, 1)),)
+        name: (entire(name, tensor.shape, BY_SAFETENSORS[tensor.dtype].nbytes),)
         for name, tensor in tensors.items()
     }
 
@@ -271,12 +250,13 @@ def _require_moe(folder: Folder, switches: dict[str, nn.Module]) -> None:
     if routed_experts(folder.config) > 1:
         raise UnsupportedModel(
             f"{folder.architecture} computes its experts in its own way, not with mlx-lm's "
-            "SwitchGLU or SwitchMLP, so they cannot be streamed, and loading them whole is what "
-            "this tool is there to avoid."
+            "SwitchGLU or SwitchMLP, so they cannot be streamed; and they are too large to be "
+            "loaded whole, which is why this engine exists."
         )
     raise UnsupportedModel(
         f"{folder.architecture} has no routed experts: every weight is used for every token, so "
-        "there is nothing to stream. Run it with llm-mlx instead."
+        "there is nothing to stream. Run it with mlx-lm instead.",
+        Remedy.USE_LLM_MLX,
     )
 
 

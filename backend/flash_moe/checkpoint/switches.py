@@ -8,7 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from flash_moe.arrays import dtype_name
 from flash_moe.format.layout import Layout, Quantization, make_layout
+from flash_moe.upstream import projection_types, switch_types
 
 
 def parameters(module: nn.Module) -> dict[str, mx.array]:
@@ -19,14 +21,11 @@ def parameters(module: nn.Module) -> dict[str, mx.array]:
 
 def find_switches(model: nn.Module) -> dict[str, nn.Module]:
     """Switch layers by type, in the model's order; attribute names differ between models."""
-    from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
-
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, (SwitchGLU, SwitchMLP))
+    types = switch_types()
+    switches = [
+        (path, module) for path, module in model.named_modules() if isinstance(module, types)
     ]
-    return dict(sorted(found, key=lambda item: _natural(item[0])))
+    return dict(sorted(switches, key=lambda item: _natural(item[0])))
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -70,8 +69,7 @@ def record_layout(switch: nn.Module) -> Layout:
         )
         for param, array in projection.items():
             if isinstance(array, mx.array):
-                dtype = str(array.dtype).rpartition(".")[2]
-                arrays.append((name, param, dtype, tuple(array.shape[1:])))
+                arrays.append((name, param, dtype_name(array.dtype), tuple(array.shape[1:])))
     return make_layout(arrays, quantization)
 
 
@@ -85,9 +83,7 @@ def companions(switch: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_projection(module: Any) -> bool:
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-
-    return isinstance(module, (SwitchLinear, QuantizedSwitchLinear))
+    return isinstance(module, projection_types())
 
 
 def expert_count(switch: nn.Module) -> int:

@@ -17,6 +17,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from flash_moe.upstream import without_contiguous
+
 Weights = dict[str, mx.array]
 
 
@@ -44,7 +46,7 @@ class View:
         return replace(self, offset=offset, shape=self.shape[1:], strides=self.strides[1:])
 
 
-def whole(source: str, shape: tuple[int, ...], itemsize: int) -> View:
+def entire(source: str, shape: tuple[int, ...], itemsize: int) -> View:
     """All of one source tensor."""
     return View(source, 0, shape, _row_major(shape, itemsize), itemsize)
 
@@ -67,16 +69,12 @@ def trace(
         outputs.extend(sanitized)
         return list(sanitized.values())
 
-    # `Contiguous` cannot be exported, and says nothing about where the bytes are.
-    contiguous = mx.contiguous
-    mx.contiguous = lambda array, *_, **__: array
     try:
-        mx.export_function(nodes.append, run, *inputs)
+        with without_contiguous():
+            mx.export_function(nodes.append, run, *inputs)
     except ValueError:
         # A primitive without exportable state (from_fp8), or a look at a value: it computes.
         return dict.fromkeys(outputs)
-    finally:
-        mx.contiguous = contiguous
     graph = _Graph(names)
     for node in nodes:
         graph.add(node)
@@ -92,7 +90,7 @@ class _Graph:
     def add(self, node: dict[str, Any]) -> None:
         if node["type"] == "inputs":
             for name, (key, shape, dtype) in zip(self.names, node["inputs"], strict=True):
-                self.values[key] = (whole(name, tuple(shape), dtype.size),)
+                self.values[key] = (entire(name, tuple(shape), dtype.size),)
         elif node["type"] == "outputs":
             self.outputs = [key for key, *_ in node["outputs"]]
         elif node["type"] == "primitive":

@@ -1,4 +1,4 @@
-"""Applies a constraint to the logits of a reply, and counts what it did.
+"""Steps a reply through its constraint: masks the logits, and counts what that did.
 
 The mask is computed on the CPU after the last of the forward pass was handed to MLX and before
 anything of it is read, so that the two run at once.
@@ -14,19 +14,19 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
+from flash_moe.decode.constraint import Constraint, Mask
 from flash_moe.decode.statistics import Stats
-from flash_moe.grammar.constraints import Constraint, Mask
 
 
-class Guide:
-    """One reply's constraint, or none, which then costs nothing and changes nothing."""
+class ConstraintStepper:
+    """One reply's constraint, or None, which then costs nothing and changes nothing."""
 
     def __init__(self, constraint: Constraint | None, stats: Stats) -> None:
         self._constraint = constraint
         self._stats = stats
-        # Of every token that was chosen under a mask: how much of the probability it left.
-        self.masses: list[float] = []
-        self._mass = 0.0
+        # For every token chosen under a mask: how much of the probability the mask allowed.
+        self.allowed_masses: list[float] = []
+        self._total_mass = 0.0
         # The mass of the token being chosen, until its mask is known to have served.
         self._pending: mx.array | None = None
 
@@ -54,7 +54,7 @@ class Guide:
         return tokens
 
     def restrict(self, logits: mx.array) -> mx.array:
-        """Logits [1, vocabulary] with nothing left for what may not be said."""
+        """Logits [1, vocabulary] with minus infinity for every token that may not be said."""
         self._pending = None
         if self._constraint is None:
             return logits
@@ -71,13 +71,14 @@ class Guide:
         return allowed
 
     def accept(self, token: int) -> bool:
+        """Whether a chosen token is said."""
         if self._constraint is None:
             return True
         if self._pending is not None:
-            self.masses.append(cast(float, self._pending.item()))
-            self._mass += self.masses[-1]
+            self.allowed_masses.append(cast(float, self._pending.item()))
+            self._total_mass += self.allowed_masses[-1]
             self._stats.constrained_tokens += 1
-            self._stats.allowed_mass = self._mass / len(self.masses)
+            self._stats.allowed_mass = self._total_mass / len(self.allowed_masses)
         with self._timed():
             return self._constraint.accept(token)
 

@@ -7,23 +7,23 @@ this one computes a token when it is wanted, and not before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
-from flash_moe.decode.constrained import Guide
-from flash_moe.decode.prefill import Begin, Prefill, whole_chunks
-from flash_moe.decode.sampling import Sampling
-from flash_moe.decode.statistics import StopWatch
+from flash_moe import upstream
+from flash_moe.callbacks import Cancelled, Progress, never, no_progress
+from flash_moe.decode.constrained import ConstraintStepper
+from flash_moe.decode.constraint import Constraint
+from flash_moe.decode.prefill import Begin, Prefill, from_cache
+from flash_moe.decode.sampling import Sampler
+from flash_moe.decode.statistics import Stats, StopWatch
 from flash_moe.errors import OptionError
-from flash_moe.grammar.constraints import Constraint
 from flash_moe.model.load import StreamedModel
-from flash_moe.stream.choice import Occasion
-
-Progress = Callable[[int, int], None]
+from flash_moe.options import Phase, Sampling
 
 # Every routed row of a chunk exists at once, in and out of the experts: 397B at bf16, K=10, has
 # 0.3 MB a token. Larger chunks read fewer experts twice; 2048 is where mlx-lm stops, too.
@@ -35,9 +35,29 @@ LARGEST_UNROLLED_CHUNK = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """A token, how likely it was (natural logarithm), and the likeliest ones, the best first. As
-    the sampler was given them: after penalties and masks, before temperature and top-p."""
+class TokenRequest:
+    """What the loop needs of a request: the prompt in tokens, and how to go on from it."""
+
+    prompt: Sequence[int]
+    max_tokens: int
+    stop_tokens: frozenset[int] = frozenset()
+    constraint: Constraint | None = None
+    sampling: Sampling = Sampling()
+    logprobs: int | None = None
+    cancelled: Cancelled = never
+    progress: Progress = no_progress
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise OptionError("The prompt is empty: there is nothing to continue.")
+        if self.max_tokens < 1:
+            raise OptionError(f"max_tokens={self.max_tokens}: choose 1 or more.")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token, its log-probability, and the likeliest tokens with theirs, the best first. As the
+    sampler was given them: after penalties and masks, before temperature and top-p."""
 
     token: int
     logprob: float
@@ -45,54 +65,49 @@ class Choice:
 
 
 class Generation:
-    """Tokens of one reply, computed as they are asked for. Iterate once, in the model's thread."""
+    """Tokens of one reply, computed as they are asked for. Iterate once, in the model's thread.
+
+    `begin` says how the prompt is read; without it, all of it is, from an empty state.
+    """
 
     def __init__(
         self,
         model: StreamedModel,
-        prompt: Sequence[int],
-        *,
-        max_tokens: int,
-        sampling: Sampling = Sampling(),
-        stop_tokens: frozenset[int] = frozenset(),
-        cache: list[Any] | None = None,
-        constraint: Constraint | None = None,
-        likeliest: int | None = None,
-        cancelled: Callable[[], bool] = lambda: False,
-        progress: Progress = lambda done, total: None,
-        chunk: int | None = None,
+        request: TokenRequest,
         begin: Begin | None = None,
+        chunk: int | None = None,
     ) -> None:
-        if not prompt:
-            raise OptionError("The prompt is empty: there is nothing to continue.")
-        if max_tokens < 1:
-            raise OptionError(f"max_tokens={max_tokens}: choose 1 or more.")
+        self.stats = Stats(
+            prompt_tokens=len(request.prompt),
+            load_seconds=model.load_seconds,
+            experts_per_token=model.plan.experts_per_token,
+            bits=model.plan.bits,
+            runtime=model.runtime.name,
+        )
+        # Of every token that was chosen, and not forced, if the request asks for them.
+        self.logprobs: list[TokenLogprobs] = []
         self._model = model
-        self._prompt = list(prompt)
-        self._max_tokens = max_tokens
-        self._sample = sampling.sampler()
-        self._processors = sampling.processors()
-        self._stop_tokens = stop_tokens
-        self._cache = cache
-        self._cancelled = cancelled
-        self._progress = progress
+        self._request = request
+        self._begin = begin
         self._chunk = chunk or prefill_chunk(model)
-        self._begin = begin or self._afresh
-        self._watch = StopWatch(model, len(self._prompt))
-        self.stats = self._watch.stats
-        self._guide = Guide(constraint, self.stats)
-        self._likeliest = likeliest
-        # Of every token that was chosen, and not forced, if `likeliest` asks for them.
-        self.choices: list[Choice] = []
+        self._watch = StopWatch(model.streamer, self.stats)
+        self._sample = Sampler(request.sampling)
+        self._penalties = upstream.penalties(
+            request.sampling.repetition_penalty,
+            request.sampling.presence_penalty,
+            request.sampling.frequency_penalty,
+        )
+        self._stepper = ConstraintStepper(request.constraint, self.stats)
 
     @property
     def allowed_masses(self) -> list[float]:
-        """Of every token chosen under a mask: the probability that the mask left allowed."""
-        return self._guide.masses
+        """Of every token chosen under a mask: the probability that the mask allowed."""
+        return self._stepper.allowed_masses
 
     def __iter__(self) -> Iterator[int]:
-        # Here, so that what it takes to find a kept state is part of the reply's time.
-        prefill = self._begin(self._prompt, self._chunk)
+        # Here, so that what it takes to restore a state is part of the reply's time.
+        begin = self._begin or from_cache(self._model.make_cache())
+        prefill = begin(self._request.prompt, self._chunk)
         self.stats.cached_tokens = prefill.cached
         try:
             yield from self._timed(prefill)
@@ -105,85 +120,81 @@ class Generation:
         try:
             yield from self._tokens(prefill)
         finally:
-            self._watch.update()
-
-    def _afresh(self, prompt: Sequence[int], chunk: int) -> Prefill:
-        cache = self._model.make_cache() if self._cache is None else self._cache
-        return Prefill(whole_chunks(len(prompt), chunk), cache)
+            self._watch.stop()
 
     def _tokens(self, prefill: Prefill) -> Iterator[int]:
-        if not self._advance(prefill):
+        if not self._read_prompt(prefill):
             self.stats.finish_reason = "cancelled"
             return
-        tokens, room = list(self._prompt), self._max_tokens
-        computed = prefill.ends[-1] if prefill.ends else prefill.cached
+        tokens, room = list(self._request.prompt), self._request.max_tokens
+        computed = prefill.computed
         while room:
-            if self._cancelled():
+            if self._request.cancelled():
                 self.stats.finish_reason = "cancelled"
                 return
-            # Tokens without a choice wait for the next one with: they go through the model
-            # together with it, and share the experts that are read.
-            step = self._guide.forced(room)
+            # Tokens without an alternative wait for the next one that has some: they go through
+            # the model together with it, and share the experts that are read.
+            step = self._stepper.forced(room)
             if not step:
-                if self._guide.finished:
+                if self._stepper.finished:
                     break
                 token = self._next(tokens, computed, prefill.cache)
                 computed = len(tokens)
-                step = [token] if self._guide.accept(token) else []
+                step = [token] if self._stepper.accept(token) else []
             for token in step:
                 tokens.append(token)
                 room -= 1
                 self._watch.token()
-                if token in self._stop_tokens:
+                if token in self._request.stop_tokens:
                     self.stats.finish_reason = "stop"
                     return
                 yield token
-        self.stats.finish_reason = "stop" if self._guide.finished else "length"
+        self.stats.finish_reason = "stop" if self._stepper.finished else "length"
 
-    def _advance(self, prefill: Prefill) -> bool:
+    def _read_prompt(self, prefill: Prefill) -> bool:
         """Read the prompt chunk by chunk; False if that was cancelled."""
-        total, start = len(self._prompt), prefill.cached
-        self._model.streamer.occasion = "prompt"
+        prompt, start = self._request.prompt, prefill.cached
+        self._model.streamer.phase = "prompt"
         for end in prefill.ends:
-            if self._cancelled():
+            if self._request.cancelled():
                 return False
-            self._progress(start, total)
-            self._model.advance(mx.array(self._prompt[start:end])[None], prefill.cache)
+            self._request.progress(start, len(prompt))
+            self._model.advance(mx.array(list(prompt[start:end]))[None], prefill.cache)
             prefill.reached(end, prefill.cache)
             mx.clear_cache()
             start = end
-        self._progress(total, total)
+        self._request.progress(len(prompt), len(prompt))
         return True
 
-    def _occasion(self, computed: int) -> Occasion:
-        if computed < len(self._prompt):
+    def _phase(self, computed: int) -> Phase:
+        if computed < len(self._request.prompt):
             return "prompt"
-        return "grammar" if self._guide.holds else "reply"
+        return "grammar" if self._stepper.holds else "reply"
 
     def _next(self, tokens: list[int], computed: int, cache: list[Any]) -> int:
         """The token after all of `tokens`, of which the first `computed` are in the cache."""
-        self._model.streamer.occasion = self._occasion(computed)
+        self._model.streamer.phase = self._phase(computed)
         while len(tokens) - computed > self._chunk:
             part = tokens[computed : computed + self._chunk]
             self._model.advance(mx.array(part)[None], cache)
             computed += self._chunk
         logits = self._model(mx.array(tokens[computed:])[None], cache=cache)[:, -1, :]
-        if self._processors:
+        if self._penalties:
             history = mx.array(tokens)
-            for process in self._processors:
-                logits = process(history, logits)
-        logits = self._guide.restrict(logits)
+            for penalize in self._penalties:
+                logits = penalize(history, logits)
+        logits = self._stepper.restrict(logits)
         log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        token = int(self._sample(log_probabilities).item())
-        if self._likeliest is not None:
-            self.choices.append(_choice(log_probabilities[0], token, self._likeliest))
+        token = cast(int, self._sample(log_probabilities).item())
+        if self._request.logprobs is not None:
+            self.logprobs.append(_logprobs(log_probabilities[0], token, self._request.logprobs))
         return token
 
 
-def _choice(log_probabilities: mx.array, token: int, count: int) -> Choice:
+def _logprobs(log_probabilities: mx.array, token: int, count: int) -> TokenLogprobs:
     values = np.array(log_probabilities.astype(mx.float32))
     best = np.argsort(-values, kind="stable")[:count]
-    return Choice(token, float(values[token]), [(int(i), float(values[i])) for i in best])
+    return TokenLogprobs(token, float(values[token]), [(int(i), float(values[i])) for i in best])
 
 
 def prefill_chunk(model: StreamedModel) -> int:
@@ -193,6 +204,7 @@ def prefill_chunk(model: StreamedModel) -> int:
     last = next(part for part in reversed(layout.parts) if part.param == "weight")
     # Rows of the first projection are the inner width, rows of the last the model's.
     row = 4 * (2 * first.shape[0] + 3 * last.shape[0]) * model.plan.experts_per_token
-    largest = LARGEST_CHUNK if mx.metal.is_available() else LARGEST_UNROLLED_CHUNK
+    on_metal = mx.default_device() == mx.gpu and mx.metal.is_available()
+    largest = LARGEST_CHUNK if on_metal else LARGEST_UNROLLED_CHUNK
     power_of_two = 1 << max(CHUNK_BYTES // row, 1).bit_length() - 1
     return max(SMALLEST_CHUNK, min(largest, power_of_two))

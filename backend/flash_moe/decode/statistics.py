@@ -1,30 +1,26 @@
-"""The statistics of one reply. Seconds add up: I/O, read-back, compute are all of the time."""
+"""The statistics of one reply. Seconds add up: I/O, read-back and computing are all of the time."""
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flash_moe.process import bytes_from_disk
-
-if TYPE_CHECKING:
-    from flash_moe.model.load import StreamedModel
+from flash_moe.process import bytes_from_disk, peak_memory
+from flash_moe.stream.streamed import Streamer
 
 
 @dataclass(slots=True)
 class Stats:
-    """Filled while a reply is made; `finish_reason` is stop, length or cancelled at its end.
+    """Complete at the end of a reply; `finish_reason` is then stop, length or cancelled.
 
-    hit_rate is the share of the expert bytes that came from the page cache, where the system tells;
-    io_seconds waits for the disk or page cache; readback_seconds waits for the router's choice,
-    and so for the computing that leads to it; compute_seconds is all the rest. cached_tokens of the
-    prompt were computed for an earlier one; prompt_tokens_per_second counts only the others. Of the
-    tokens under a mask, the forced among them, allowed_mass is how much of the probability the
-    model itself had on what the mask allowed, the mean over those that it chose. `warning` is for
-    the user: something did not work, but the reply is what it would be.
+    hit_rate is the share of the expert bytes that came from the page cache, where the system says;
+    io_seconds is time spent reading; readback_seconds is time spent waiting for the router's
+    choice, and so for the computing that leads to it; compute_seconds is all the rest.
+    cached_tokens of the prompt were computed for an earlier one; prompt_tokens_per_second counts
+    only the others. Of the tokens under a mask, the forced ones among them, allowed_mass is how
+    much probability the model itself gave to what the mask allowed: the mean over those that it
+    chose. `warning` is for the user: something did not work, but the reply is what it would be.
     """
 
     prompt_tokens: int = 0
@@ -61,10 +57,10 @@ class Stats:
 
     def summary(self) -> str:
         """Two lines for people."""
-        kept = f", {self.cached_tokens} of them kept" if self.cached_tokens else ""
+        reused = f", {self.cached_tokens} of them reused" if self.cached_tokens else ""
         hits = "" if self.hit_rate is None else f", {self.hit_rate:.0%} of them cached"
         return (
-            f"{self.prompt_tokens} prompt tokens{kept} at {self.prompt_tokens_per_second:.1f}/s, "
+            f"{self.prompt_tokens} prompt tokens{reused} at {self.prompt_tokens_per_second:.1f}/s, "
             f"first token after {self.seconds_to_first_token:.2f} s; "
             f"{self.generated_tokens} tokens at {self.tokens_per_second:.1f}/s "
             f"({self.finish_reason}), {self.runtime} runtime\n"
@@ -76,39 +72,30 @@ class Stats:
 
 
 class StopWatch:
-    """Reads the counters of a model at the start of a reply, and fills its statistics."""
+    """Reads the counters of a streamer at the start of a reply, and fills in `stats` at its end."""
 
-    def __init__(self, model: StreamedModel, prompt_tokens: int) -> None:
-        self._streamer = model.streamer
+    def __init__(self, streamer: Streamer, stats: Stats) -> None:
+        self.stats = stats
+        self._streamer = streamer
         self._start = time.perf_counter()
-        counters = self._streamer.reader.counters
-        self._before = (counters.nbytes, counters.experts, counters.seconds)
-        self._readback = self._streamer.readback_seconds
-        self._from_disk = bytes_from_disk()
         self._first: float | None = None
-        self.stats = Stats(
-            prompt_tokens=prompt_tokens,
-            load_seconds=model.load_seconds,
-            experts_per_token=model.plan.experts_per_token,
-            bits=model.plan.bits,
-            runtime=model.runtime.name,
-        )
+        self._from_disk = bytes_from_disk()
+        counters = streamer.reader.counters
+        self._before = (counters.nbytes, counters.experts, counters.seconds)
+        self._readback = streamer.readback_seconds
 
     def token(self) -> None:
         self.stats.generated_tokens += 1
         if self._first is None:
             self._first = time.perf_counter()
-        self.update()
 
-    def update(self) -> None:
-        now, stats = time.perf_counter(), self.stats
-        counters = self._streamer.reader.counters
-        elapsed = now - self._start
+    def stop(self) -> None:
+        now, stats, counters = time.perf_counter(), self.stats, self._streamer.reader.counters
         stats.expert_bytes = counters.nbytes - self._before[0]
         stats.experts_read = counters.experts - self._before[1]
         stats.io_seconds = counters.seconds - self._before[2]
         stats.readback_seconds = self._streamer.readback_seconds - self._readback
-        stats.compute_seconds = elapsed - stats.io_seconds - stats.readback_seconds
+        stats.compute_seconds = now - self._start - stats.io_seconds - stats.readback_seconds
         stats.hit_rate = self._hit_rate(stats.expert_bytes)
         if stats.io_seconds:
             stats.gigabytes_per_second = stats.expert_bytes / stats.io_seconds / 1e9
@@ -118,7 +105,7 @@ class StopWatch:
             stats.prompt_tokens_per_second = read / stats.seconds_to_first_token
             if stats.generated_tokens > 1:
                 stats.tokens_per_second = (stats.generated_tokens - 1) / (now - self._first)
-        stats.peak_rss_bytes = peak_rss()
+        stats.peak_rss_bytes = peak_memory()
 
     def _hit_rate(self, read: int) -> float | None:
         now = bytes_from_disk()
@@ -126,14 +113,3 @@ class StopWatch:
             return None
         # Read-ahead may fetch more than was asked for.
         return 1 - min(now - self._from_disk, read) / read
-
-
-def peak_rss() -> int:
-    """The most memory that this process has had, as the operating system counts it."""
-    if sys.platform == "linux":
-        # getrusage would count what the parent had when it forked.
-        with open("/proc/self/status", encoding="ascii") as status:
-            peaks = [line.split()[1] for line in status if line.startswith("VmHWM")]
-        if peaks:
-            return int(peaks[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,1 +1,1 @@
-"""Judge a model: perplexity, right replies, divergence from another run."""
+"""Judge a model: perplexity, right replies, and divergence from another run, on held-out data."""

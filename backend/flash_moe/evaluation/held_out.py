@@ -1,25 +1,23 @@
-"""What a model is measured on: texts, and dialogues with a right reply, that it never saw.
+"""Data that the model has never seen: texts, and dialogues with a right reply.
 
-A folder with `text.jsonl` and `dialogues.jsonl`. Everything is checked when it is read, so that no
-measuring of an hour ends at a line that nobody can judge.
+A folder with `text.jsonl` and `dialogues.jsonl`. All of it is checked when it is read, so that no
+evaluation fails after an hour at a line that cannot be judged.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flash_moe.errors import CheckpointError, OptionError
+from flash_moe.errors import CheckpointError, OptionError, Remedy
 from flash_moe.evaluation.judge import check_check
+from flash_moe.format.json_files import parse_lines, read_text
+from flash_moe.options import EVALUATION_SECTIONS
 
-# What is measured apart; every other kind of dialogue is a question.
-SECTIONS = ("text", "questions", "json", "tools")
-
-Item = TypeVar("Item")
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +40,11 @@ class Dialogue:
 
     @property
     def section(self) -> str:
-        return self.kind if self.kind in SECTIONS else "questions"
+        """The kinds json and tools are sections of their own; all others are questions."""
+        return self.kind if self.kind in EVALUATION_SECTIONS else "questions"
+
+
+Item = Text | Dialogue
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,28 +54,36 @@ class HeldOut:
     dialogues: list[Dialogue]
 
     @property
-    def items(self) -> list[Text | Dialogue]:
+    def items(self) -> list[Item]:
         return [*self.texts, *self.dialogues]
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.texts) + len(self.dialogues)
 
 
 def read_held_out(
-    folder: Path, only: Iterable[str] = SECTIONS, limit: int | None = None
+    folder: Path, sections: Iterable[str] = EVALUATION_SECTIONS, limit: int | None = None
 ) -> HeldOut:
-    """The sections asked for, in the files' order; of texts and of each kind `limit` at most."""
-    wanted = dict.fromkeys(only)
-    texts = _read(folder / "text.jsonl", _text) if "text" in wanted else []
-    dialogues = _read(folder / "dialogues.jsonl", _dialogue) if wanted.keys() - {"text"} else []
-    chosen = [dialogue for dialogue in dialogues if dialogue.section in wanted]
-    found = HeldOut(folder, texts[:limit], list(_limited(chosen, limit)))
-    if not len(found):
+    """These sections, in the files' order; at most `limit` texts and dialogues of each kind."""
+    names = _require_sections(sections)
+    if limit is not None and limit < 1:
+        raise OptionError(f"limit={limit}: choose 1 or more.")
+    texts = _read(folder / "text.jsonl", _text) if "text" in names else []
+    dialogues = _read(folder / "dialogues.jsonl", _dialogue) if set(names) - {"text"} else []
+    dialogues = [dialogue for dialogue in dialogues if dialogue.section in names]
+    held_out = HeldOut(folder, texts[:limit], list(_limited(dialogues, limit)))
+    if not len(held_out):
         raise CheckpointError(
-            f"{folder} holds nothing to measure {', '.join(wanted)} on. Give another folder with "
-            "--data, or leave out --only."
+            f"{folder} has no data for {', '.join(names)}.", Remedy.EVALUATE_OTHER_DATA
         )
-    return found
+    return held_out
+
+
+def _require_sections(sections: Iterable[str]) -> list[str]:
+    names = list(dict.fromkeys(sections))
+    if not names or not set(names) <= set(EVALUATION_SECTIONS):
+        raise OptionError(f"sections={','.join(names)}: choose {', '.join(EVALUATION_SECTIONS)}.")
+    return names
 
 
 def _limited(dialogues: list[Dialogue], limit: int | None) -> Iterator[Dialogue]:
@@ -84,29 +94,9 @@ def _limited(dialogues: list[Dialogue], limit: int | None) -> Iterator[Dialogue]
             yield dialogue
 
 
-def _read(file: Path, make: Callable[[Any], Item]) -> list[Item]:
-    text = read_text(file, "Give a folder with text.jsonl and dialogues.jsonl: --data FOLDER")
-    return parse_lines(file, text, make, "Correct the line, or give another folder with --data")
-
-
-def read_text(file: Path, remedy: str) -> str:
-    try:
-        return file.read_text("utf-8")
-    except OSError as error:
-        raise CheckpointError(f"Cannot read {file}: {error.strerror}. {remedy}") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file} is not UTF-8: {error.reason}. {remedy}") from error
-
-
-def parse_lines(file: Path, text: str, make: Callable[[Any], Item], remedy: str) -> list[Item]:
-    items = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                items.append(make(json.loads(line)))
-            except (OptionError, ValueError, KeyError, TypeError, RecursionError) as error:
-                raise CheckpointError(f"{file}, line {number}: {_said(error)}. {remedy}") from error
-    return items
+def _read(file: Path, parse: Callable[[Any], Entry]) -> list[Entry]:
+    text = read_text(file, Remedy.EVALUATE_OTHER_DATA)
+    return parse_lines(file, text, parse, Remedy.EVALUATE_OTHER_DATA)
 
 
 def _text(value: Any) -> Text:
@@ -115,27 +105,24 @@ def _text(value: Any) -> Text:
 
 def _dialogue(value: Any) -> Dialogue:
     messages, reply = value["messages"], value["reply"]
-    if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
-        raise ValueError("messages are no list of messages")
-    if not is_message(reply) or reply["role"] != "assistant":
-        raise ValueError("reply is no message of the assistant")
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise ValueError("messages is not a list of messages")
+    if not _is_message(reply) or reply["role"] != "assistant":
+        raise ValueError("reply is not a message of the assistant")
     tools, thinking = value.get("tools") or [], value.get("thinking", False)
-    if not isinstance(tools, list) or type(thinking) is not bool:
-        raise ValueError("tools are no list, or thinking is neither true nor false")
+    if not isinstance(tools, list):
+        raise ValueError("tools is not a list")
+    if type(thinking) is not bool:
+        raise ValueError("thinking is neither true nor false")
     check_check(value["check"])
     return Dialogue(_string(value, "kind"), messages, tools, thinking, value["check"], reply)
 
 
-def is_message(value: Any) -> bool:
+def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str)
 
 
 def _string(value: Any, key: str) -> str:
     if not isinstance(value[key], str):
-        raise ValueError(f"{key} is no text")
+        raise ValueError(f"{key} is not a string")
     return str(value[key])
-
-
-def _said(error: Exception) -> str:
-    missing = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-    return missing.rstrip(".")

@@ -1,6 +1,6 @@
-"""Is a value valid against a JSON Schema? For the part of the standard that our data uses.
+"""Validates values against the part of JSON Schema that held-out data uses.
 
-A keyword outside of it is an error: ignoring one would call invalid replies valid.
+Any other keyword is an error: ignoring one would call invalid replies valid.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 KEYWORDS = {
     *("type", "enum", "properties", "required", "additionalProperties", "items"),
     *("minimum", "maximum", "minItems", "maxItems", "minLength", "maxLength", "anyOf"),
-    # For people: they allow and forbid nothing.
+    # For people: they neither allow nor forbid anything.
     *("title", "description"),
 }
 
 
 def valid(value: Any, schema: dict[str, Any]) -> bool:
-    """Whether a JSON value satisfies a schema that `check_schema` takes."""
+    """Whether a JSON value satisfies a schema that `check_schema` accepts."""
     return not any(faults(value, schema))
 
 
@@ -31,8 +31,8 @@ def check_schema(schema: Any, at: str = "the schema") -> None:
         raise OptionError(f"{at} is {schema!r:.40}, not an object.")
     if unknown := schema.keys() - KEYWORDS:
         raise OptionError(
-            f"{at} uses {min(unknown)!r}, which is not checked here. "
-            f"Known: {', '.join(sorted(KEYWORDS))}."
+            f"{at} uses {min(unknown)!r}, which is not supported. "
+            f"Supported: {', '.join(sorted(KEYWORDS))}."
         )
     for key, value in schema.items():
         if not _well_formed(key, value):
@@ -47,7 +47,7 @@ def check_schema(schema: Any, at: str = "the schema") -> None:
 
 
 def faults(value: Any, schema: dict[str, Any], at: str = "the value") -> Iterator[str]:
-    """What is wrong with a value, in words."""
+    """Everything that is wrong with a value."""
     kinds = schema.get("type", TYPES)
     if not any(_is(value, kind) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
         yield f"{at} is not of type {kinds}"
@@ -55,7 +55,7 @@ def faults(value: Any, schema: dict[str, Any], at: str = "the value") -> Iterato
         yield f"{at} is none of {schema['enum']}"
     if "anyOf" in schema and not any(valid(value, choice) for choice in schema["anyOf"]):
         yield f"{at} fits nothing in anyOf"
-    # Every keyword below speaks of one type alone, and says nothing of values of another.
+    # Every keyword below concerns one type alone, and ignores values of others.
     if _is(value, "number"):
         if value < schema.get("minimum", value):
             yield f"{at} is less than {schema['minimum']}"
@@ -74,7 +74,7 @@ def faults(value: Any, schema: dict[str, Any], at: str = "the value") -> Iterato
 
 
 def same(left: Any, right: Any) -> bool:
-    """Equal as JSON: 1 is 1.0 but not true, and the order of keys means nothing."""
+    """Equal as JSON: 1 equals 1.0 but not true, and the order of keys does not matter."""
     return canonical(left) == canonical(right)
 
 
@@ -119,8 +119,8 @@ def _is(value: Any, kind: str) -> bool:
     if isinstance(value, bool) or value is None:
         return kind == ("null" if value is None else "boolean")
     if isinstance(value, int | float):
-        whole = isinstance(value, int) or value.is_integer()
-        return kind == "number" or (kind == "integer" and whole)
+        integer = isinstance(value, int) or value.is_integer()
+        return kind == "number" or (kind == "integer" and integer)
     names: dict[type, str] = {str: "string", list: "array", dict: "object"}
     return names.get(type(value)) == kind
 
@@ -137,7 +137,7 @@ def _well_formed(key: str, value: Any) -> bool:
         return isinstance(value, list) and all(isinstance(name, str) for name in value)
     if key in ("title", "description"):
         return isinstance(value, str)
-    # What is inside of the others is checked on its own.
+    # What is inside of these is checked by itself.
     allowed: dict[str, type | tuple[type, ...]] = {
         "enum": list,
         "anyOf": list,

@@ -1,7 +1,7 @@
-"""Whether a reply is right: what a held-out dialogue's `check` asks of it, as names with yes or no.
+"""Whether a reply is right: the criteria of a held-out dialogue's `check`, each true or false.
 
-The figures are shares of these names, so each is strict: JSON in a code fence is no JSON, a call
-whose end is missing is no call.
+The figures count these, so they are strict: JSON in a code fence is not JSON, and a call without
+its end is not a call.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ START_OF_THOUGHTS = "<think>"
 
 
 def answer(text: str, prompt: str) -> str:
-    """A reply without its thoughts. One that was cut off inside of them answers nothing."""
+    """A reply without its thoughts; empty if it was cut off inside of them."""
     thinking = prompt.rfind(START_OF_THOUGHTS) > prompt.rfind(END_OF_THOUGHTS)
     _, end, rest = text.rpartition(END_OF_THOUGHTS)
     if end:
@@ -29,53 +29,56 @@ def answer(text: str, prompt: str) -> str:
 
 
 def judge(
-    text: str, check: dict[str, Any], tools: list[dict[str, Any]], form: ToolFormat | None
+    text: str, check: dict[str, Any], tools: list[dict[str, Any]], tool_format: ToolFormat | None
 ) -> Verdict:
-    """Judge an answer by its check: texts are `right`; JSON is `valid`, fits its `schema` and is
-    `equal`; calls can be parsed, have the right names, and with them the right arguments."""
+    """Judge an answer by its check: a text is `right`; JSON is `valid`, valid by its `schema`, and
+    `equal` to the expected value; calls `parse`, and have the right `names` and `arguments`."""
     if "equals" in check:
         return {"right": _folded(text) == _folded(check["equals"])}
     if "contains" in check:
         return {"right": all(part.casefold() in text.casefold() for part in check["contains"])}
     if "schema" in check:
         return _judge_json(text, check)
-    return _judge_calls(form.calls(text, tools) if form else None, check["calls"])
+    calls = None if tool_format is None else tool_format.calls(text, tools)
+    return _judge_calls(calls, check["calls"])
 
 
 def check_check(check: Any) -> None:
     """OptionError, unless `judge` can use it."""
     keys = set(check) if isinstance(check, dict) else None
     if keys not in ({"equals"}, {"contains"}, {"schema"}, {"json", "schema"}, {"calls"}):
-        raise OptionError(f"{check!r:.80} is no check: equals, contains, json with schema, calls.")
+        raise OptionError(
+            f"{check!r:.80} is not a check: choose equals, contains, schema (with json) or calls."
+        )
     if "schema" in check:
         check_schema(check["schema"])
     texts = [check["equals"]] if "equals" in check else check.get("contains", [])
     calls = check.get("calls", [])
     sound = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
     if not sound or not isinstance(calls, list) or not all(map(is_call, calls)):
-        raise OptionError(f"{check!r:.80} is no check: its texts or calls are none.")
+        raise OptionError(f"{check!r:.80} is not a check: its texts or calls are malformed.")
 
 
 def parse_json(text: str) -> Any:
-    """The value, or ValueError: also for NaN, which Python takes and JSON does not know."""
+    """The value, or ValueError; also for NaN, which Python accepts and JSON does not have."""
     return json.loads(text.strip(), parse_constant=_refuse)
 
 
 def _judge_json(text: str, check: dict[str, Any]) -> Verdict:
-    """Where the model is to invent, there is no value that it should have."""
+    """Without `json` the check expects no particular value."""
     equal = {"equal": False} if "json" in check else {}
     try:
         value = parse_json(text)
         if "json" in check:
             equal = {"equal": same(value, check["json"])}
         return {"valid": True, "schema": valid(value, check["schema"]), **equal}
-    # Brackets without end, which a poor model writes, are no value for anybody.
+    # RecursionError: a poor model may open brackets without end.
     except (ValueError, RecursionError):
         return {"valid": False, "schema": False, **equal}
 
 
 def _judge_calls(calls: list[Call] | None, expected: list[Call]) -> Verdict:
-    """Order means nothing: calls that are made at once have none."""
+    """In any order: calls that are made at once have none."""
     if calls is None or (expected and not calls):
         return {"parses": False, "names": False, "arguments": False}
     names = Counter(call["name"] for call in calls) == Counter(c["name"] for c in expected)

@@ -1,4 +1,4 @@
-"""The manifest of a pack: written last, checked first, trusted by nobody.
+"""The manifest of a pack: written last, checked first, never trusted.
 
 `read_manifest` proves that the folder holds what the manifest lists, by name and size, so that a
 half-made or half-copied pack never loads. `verify` reads everything against the checksums.
@@ -7,15 +7,15 @@ half-made or half-copied pack never loads. `verify` reads everything against the
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import zlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flash_moe.callbacks import Advance, no_advance
 from flash_moe.errors import CheckpointError
+from flash_moe.format.json_files import read_json
 from flash_moe.format.layout import Layout, layout_from_json
 
 MANIFEST = "flash-moe.json"
@@ -45,8 +45,8 @@ class PackedLayer:
 
 @dataclass(frozen=True, slots=True)
 class Requantized:
-    """That routed experts were given fewer bits than their `source` has, and how. In two planes
-    they have its own bits too."""
+    """The routed experts have fewer bits than those of their `source`; `method` says how they got
+    them. In two planes they have the source's bits too."""
 
     bits: int
     group_size: int
@@ -54,11 +54,11 @@ class Requantized:
     source: str
 
     @property
-    def planes(self) -> bool:
+    def two_planes(self) -> bool:
         return self.method.partition(",")[0] == TWO_PLANES
 
     def __str__(self) -> str:
-        if self.planes:
+        if self.two_planes:
             return f"experts in {self.method}: {self.bits}-bit, or {self.source} as they were"
         return f"experts requantized from {self.source} to {self.bits}-bit ({self.method})"
 
@@ -112,11 +112,10 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a pack whose files are all there, or CheckpointError."""
     path = folder / MANIFEST
+    value = read_json(path)
     try:
-        manifest = _parse(json.loads(path.read_bytes()))
-    except OSError as error:
-        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        manifest = _parse(value)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is not a manifest that this version can read ({error}). Pack the model again."
         ) from error
@@ -125,17 +124,15 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def requantized(folder: Path) -> Requantized | None:
-    """What a pack says of its bits, for lists: a broken one is told when it is used."""
+    """What a pack says of its bits, for lists; a broken manifest is reported when it is used."""
     try:
-        return _requantized(json.loads((folder / MANIFEST).read_bytes()).get("requantized"))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return _requantized(read_json(folder / MANIFEST).get("requantized"))
+    except (CheckpointError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
-def verify(
-    folder: Path, manifest: Manifest, progress: Callable[[int], None] = lambda nbytes: None
-) -> list[str]:
-    """Read everything against its checksums; what differs, in words. Empty: the pack is sound."""
+def verify(folder: Path, manifest: Manifest, progress: Advance = no_advance) -> list[str]:
+    """Compare everything with its checksums: one sentence for each fault, none if it is sound."""
     faults = []
     for name, entry in manifest.files.items():
         digest = hashlib.sha256()
@@ -155,7 +152,7 @@ def verify(
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a manifest may list it: one plain name, visible, nothing that leads elsewhere."""
+    """Whether a manifest may list it: a plain, visible name that leads nowhere else."""
     return bool(_NAME.fullmatch(name))
 
 

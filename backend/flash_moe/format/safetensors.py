@@ -1,48 +1,28 @@
-"""Read safetensors headers from files that nobody should trust, without reading a weight.
+"""Headers of safetensors files: written, and read from files that nobody should trust.
 
 Owns the proof that a header describes its file exactly: every tensor's size follows from its
 dtype and shape, and the tensors cover the data with no gap and no overlap. Only what has passed
-is given to MLX, whose own reader checks less.
+is given to MLX, whose own reader checks less. No weight is read.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from flash_moe.errors import CheckpointError
+from flash_moe.format.dtypes import BY_SAFETENSORS
 
 # The format's own cap. The 397B checkpoint's largest header is under 1 MB; un-fused ones reach 30.
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 16
 # MLX shapes are 32-bit; its reader cuts longer axes down without a word.
 MAX_AXIS = 2**31 - 1
-
-# Bits, since the format has sub-byte types.
-DTYPE_BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
-    "U16": 16,
-    "I16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "U32": 32,
-    "I32": 32,
-    "F32": 32,
-    "U64": 64,
-    "I64": 64,
-    "F64": 64,
-    "C64": 64,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +35,23 @@ class Tensor:
     file: Path
     offset: int
     nbytes: int
+
+
+def make_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]],
+    metadata: Mapping[str, str] | None = None,
+    alignment: int = 1,
+) -> bytes:
+    """What stands before the data, its own length first. `tensors` are (name, dtype, shape,
+    bytes), in the order of the data."""
+    table: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, dtype, shape, nbytes in tensors:
+        offsets = [offset, offset := offset + nbytes]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+    raw = json.dumps(table, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % alignment)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -122,14 +119,14 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> Tensor:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise _broken(path, f"tensor {name!r} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in BY_SAFETENSORS:
         raise _broken(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
     if not _is_sizes(shape) or len(shape) > MAX_DIMENSIONS or max(shape, default=0) > MAX_AXIS:
         raise _broken(path, f"tensor {name!r} has the impossible shape {shape!r:.80}")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _broken(path, f"tensor {name!r} has the impossible offsets {offsets!r:.80}")
     nbytes = offsets[1] - offsets[0]
-    if prod(shape) * DTYPE_BITS[dtype] != nbytes * 8:
+    if prod(shape) * BY_SAFETENSORS[dtype].bits != nbytes * 8:
         raise _broken(path, f"tensor {name!r}: {dtype} {shape!r:.80} does not fill {nbytes} bytes")
     return Tensor(name, dtype, tuple(shape), path, data_start + offsets[0], nbytes)
 

@@ -1,1 +1,1 @@
-"""Replies held to a JSON Schema or to the tools that may be called."""
+"""Constrain replies to a JSON Schema, or to calls of declared tools."""

@@ -1,68 +1,22 @@
-"""What may be said next, while a reply is made: the states that a grammar puts a reply through.
-
-A constraint serves one reply. It knows tokens alone, neither logits nor the model.
-"""
+"""The constraints that grammars give to replies: state machines over tokens."""
 
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flash_moe.chat.thought import Thought
+from flash_moe.decode.constraint import Constraint, Mask
 from flash_moe.errors import FlashMoeError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-# One bool a token of the vocabulary; what a model's head has beyond it may not be said.
-Mask = NDArray[np.bool_]
-
-
-class Constraint(Protocol):
-    @property
-    def finished(self) -> bool:
-        """All is said: nothing but the end of the turn could follow."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether what was said so far is whole: it could end here."""
-
-    @property
-    def holds(self) -> bool:
-        """Whether not every token may come next."""
-
-    def mask(self) -> Mask | None:
-        """The tokens that may come next; None where every token may. Changes nothing."""
-
-    def accept(self, token: int) -> bool:
-        """Go on by a token. False: it is not said, and `forced` has what is said instead."""
-
-    def forced(self) -> list[int]:
-        """The next tokens as far as there is no choice; each still has to be accepted."""
-
-
-class Free:
-    """No constraint, in the place of one."""
-
-    finished = False
-    complete = True
-    holds = False
-
-    def mask(self) -> Mask | None:
-        return None
-
-    def accept(self, token: int) -> bool:
-        return True
-
-    def forced(self) -> list[int]:
-        return []
-
 
 class Matching:
-    """Held to a grammar from the first token to the last."""
+    """Follows a grammar from the first token to the last."""
 
     holds = True
 
@@ -71,7 +25,7 @@ class Matching:
 
     @property
     def finished(self) -> bool:
-        # A matcher in error calls itself stopped, too.
+        # A matcher in error also counts itself as stopped.
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
     @property
@@ -84,7 +38,7 @@ class Matching:
         return np.unpackbits(bits, bitorder="little").view(np.bool_)
 
     def accept(self, token: int) -> bool:
-        # Where nothing can follow, the end of the turn is no longer the grammar's.
+        # The token that ends the turn, after a finished value, is not part of the grammar.
         if not self.finished:
             self._matcher.consume_token(token)
             self._check()
@@ -97,21 +51,22 @@ class Matching:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            said = self._matcher.get_error().strip().splitlines()
+            lines = self._matcher.get_error().strip().splitlines()
             raise FlashMoeError(
-                f"The reply cannot be held to its grammar any longer ({said[0] if said else '?'}). "
+                f"The reply cannot follow its grammar any further ({lines[0] if lines else '?'}). "
                 "A schema with shorter limits, or none, would work."
             )
 
 
 class Calling:
-    """Free text, and from each token that starts a call to that call's end, its grammar."""
+    """Free text with tool calls: each follows its grammar, from the token that starts it to its
+    end."""
 
     finished = False
 
     def __init__(self, start: int, call: LLMatcher, *, inside: bool, at_once: bool) -> None:
         self._start = start
-        # Not used itself: every call takes a copy.
+        # Every call takes a copy of it.
         self._template = call
         self._call: Matching | None = self._new() if inside else None
         self._at_once = at_once and not inside
@@ -147,53 +102,52 @@ class Calling:
 
 
 class Either:
-    """A value or calls: the first token decides. After a call all is free, as with tools alone."""
+    """A value, or tool calls with free text after them: the first token decides."""
 
     def __init__(self, start: int, call: LLMatcher, value: Matching) -> None:
         self._start = start
         self._template = call
         self._value = value
-        # What was decided for.
-        self._taken: Matching | Calling | None = None
+        # The one of the two that the first token stands for.
+        self._branch: Matching | Calling | None = None
 
     @property
     def finished(self) -> bool:
-        return self._taken is not None and self._taken.finished
+        return self._branch is not None and self._branch.finished
 
     @property
     def complete(self) -> bool:
-        return self._taken is not None and self._taken.complete
+        return self._branch is not None and self._branch.complete
 
     @property
     def holds(self) -> bool:
-        return self._taken is None or self._taken.holds
+        return self._branch is None or self._branch.holds
 
     def mask(self) -> Mask | None:
-        if self._taken is not None:
-            return self._taken.mask()
+        if self._branch is not None:
+            return self._branch.mask()
         mask = self._value.mask()
         mask[self._start] = True
         return mask
 
     def accept(self, token: int) -> bool:
-        if self._taken is not None:
-            return self._taken.accept(token)
+        if self._branch is not None:
+            return self._branch.accept(token)
         if token == self._start:
-            self._taken = Calling(token, self._template, inside=True, at_once=False)
+            self._branch = Calling(token, self._template, inside=True, at_once=False)
             return True
-        self._taken = self._value
-        return self._taken.accept(token)
+        self._branch = self._value
+        return self._branch.accept(token)
 
     def forced(self) -> list[int]:
-        return [] if self._taken is None else self._taken.forced()
+        return [] if self._branch is None else self._branch.forced()
 
 
 class Thinking:
-    """Free while the model thinks, at most `budget` tokens; then what the answer is held to.
+    """Free while the model thinks, for at most `budget` tokens; then the answer's constraint.
 
-    `answer_needed`: the answer is one value, so a turn that ends inside of the thought closes the
-    thought instead, what the template writes after a thought is forced, and no second thought
-    begins.
+    With `answer_needed`, a turn that ends inside a thought closes the thought instead, the text
+    that the template writes after a thought is forced, and no second thought can begin.
     """
 
     def __init__(
@@ -209,7 +163,7 @@ class Thinking:
         self._thought = thought
         self._answer = answer
         self._inside = inside
-        self._left = budget
+        self._budget = budget
         self._answer_needed = answer_needed
         self._stop_tokens = stop_tokens
         self._queue: deque[int] = deque()
@@ -256,13 +210,13 @@ class Thinking:
             if self._answer_needed:
                 self._queue.extend(self._thought.after)
             return True
-        if self._left is not None:
-            self._left -= 1
+        if self._budget is not None:
+            self._budget -= 1
             self._close_if_spent()
         return True
 
     def _close_if_spent(self) -> None:
-        if self._inside and self._left is not None and self._left <= 0:
+        if self._inside and self._budget is not None and self._budget <= 0:
             self._close()
 
     def _close(self) -> None:

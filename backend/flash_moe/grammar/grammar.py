@@ -1,6 +1,6 @@
-"""Held to a JSON Schema, or to the tools that may be called: grammars for constrained replies.
+"""Grammars for constrained replies: JSON that matches a schema, calls of declared tools, or both.
 
-A Grammar is compiled once and serves any number of replies; each takes a constraint from it.
+A Grammar is compiled once and serves any number of replies; each gets its own constraint.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flash_moe.chat.thought import thought_of
+from flash_moe.chat.thought import find_thought
 from flash_moe.chat.tokenizer import ChatTokenizer
 from flash_moe.chat.tool_calls import ToolFormat
+from flash_moe.decode.constraint import Constraint, Unconstrained
 from flash_moe.errors import OptionError
-from flash_moe.grammar.constraints import Calling, Constraint, Either, Free, Matching, Thinking
+from flash_moe.grammar.constraints import Calling, Either, Matching, Thinking
 from flash_moe.grammar.json_schema import one_line, prepared, require_schema
 from flash_moe.grammar.tools import GRAMMARS
 from flash_moe.grammar.vocabulary import vocabulary
@@ -22,47 +23,51 @@ from flash_moe.grammar.vocabulary import vocabulary
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-# gpt-oss begins every part of a reply with it, thoughts and answer alike.
+# gpt-oss starts every part of a reply with it, thoughts and answers alike.
 CHANNEL = "<|channel|>"
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """`constrains` is False where calls come in a format that no grammar is known of, and where
-    none was asked for; what remains then is the limit of a thought."""
+    """A grammar may be empty: when nothing was asked for, or when calls come in a format for which
+    we have none. Then `constrains` is False, and only a thinking budget has any effect."""
 
     tokenizer: ChatTokenizer
-    # Of the value that the answer is, and of the calls that it may have, each of which begins with
-    # the token `_start`.
+    # For the answer as one value, and for a call, which starts with the token `_start`.
     _value: LLMatcher | None = None
     _call: LLMatcher | None = None
     _start: int | None = None
 
     @classmethod
     def for_schema(cls, tokenizer: ChatTokenizer, schema: dict[str, Any]) -> Grammar:
-        """OptionError, if the schema has a keyword that no grammar can express."""
+        """OptionError if the schema has a keyword that no grammar can express."""
         from llguidance import LLMatcher
 
         require_schema(schema)
         if tokenizer.tokenizer.token_to_id(CHANNEL) is not None:
             raise OptionError(
-                "Replies of this model are divided into channels, and cannot be held to a schema."
+                "This model divides its replies into channels, which a schema cannot constrain."
             )
         text = LLMatcher.grammar_from_json_schema(json.dumps(prepared(schema)))
         return cls(tokenizer, _compiled(tokenizer, text, "schema"))
 
     @classmethod
     def for_tools(
-        cls, tokenizer: ChatTokenizer, tools: Sequence[dict[str, Any]], form: ToolFormat | None
+        cls,
+        tokenizer: ChatTokenizer,
+        tools: Sequence[dict[str, Any]],
+        tool_format: ToolFormat | None,
     ) -> Grammar:
+        """Empty unless we know the format and its markers are single tokens."""
         if not tools:
-            raise OptionError("There are no tools to call.")
-        token_id = tokenizer.tokenizer.token_to_id
-        start = None if form is None else token_id(form.start)
-        end = None if form is None else token_id(form.end)
-        if form is None or form.name not in GRAMMARS or start is None or end is None:
+            raise OptionError("tools is empty: there is nothing to call.")
+        if tool_format is None or tool_format.name not in GRAMMARS:
             return cls(tokenizer)
-        text = GRAMMARS[form.name](tools, f"<[{end}]>")
+        token_id = tokenizer.tokenizer.token_to_id
+        start, end = token_id(tool_format.start), token_id(tool_format.end)
+        if start is None or end is None:
+            return cls(tokenizer)
+        text = GRAMMARS[tool_format.name](tools, f"<[{end}]>")
         return cls(tokenizer, None, _compiled(tokenizer, text, "tools"), start)
 
     @classmethod
@@ -71,19 +76,21 @@ class Grammar:
         tokenizer: ChatTokenizer,
         schema: dict[str, Any],
         tools: Sequence[dict[str, Any]],
-        form: ToolFormat | None,
+        tool_format: ToolFormat | None,
     ) -> Grammar:
-        """Calls, or at last the value."""
-        value, calls = cls.for_schema(tokenizer, schema), cls.for_tools(tokenizer, tools, form)
+        """A reply is either tool calls or the value."""
+        value = cls.for_schema(tokenizer, schema)
+        calls = cls.for_tools(tokenizer, tools, tool_format)
         if calls._start is None:
             raise OptionError(
-                "Calls have no grammar in the format of this model, so a reply cannot be held to a "
-                "schema while there are tools to call: leave out one."
+                "We have no grammar for this model's tool calls, so a reply cannot have both tools "
+                "and a schema: choose one of them."
             )
         return cls(tokenizer, value._value, calls._call, calls._start)
 
     @classmethod
     def free(cls, tokenizer: ChatTokenizer) -> Grammar:
+        """An empty one."""
         return cls(tokenizer)
 
     @property
@@ -97,22 +104,22 @@ class Grammar:
         thinking_budget: int | None = None,
         call_at_once: bool = False,
     ) -> Constraint | None:
-        """For one reply to a prompt; None if there is nothing to be held to.
+        """For one reply to a prompt; None if there is nothing to constrain.
 
         A prompt may end in an open thought, or with the token that starts a call. After
-        `thinking_budget` tokens a thought is closed. `call_at_once` makes a call of the answer.
+        `thinking_budget` tokens a thought is closed. With `call_at_once`, the answer is a call.
         """
         if thinking_budget is not None and thinking_budget < 0:
             raise OptionError(f"thinking_budget={thinking_budget}: choose 0 or more.")
         inside = self._start is not None and bool(prompt) and prompt[-1] == self._start
         answer = self._answer(inside, call_at_once)
-        thought = thought_of(self.tokenizer)
+        thought = find_thought(self.tokenizer)
         if thought is None or inside:
-            return None if isinstance(answer, Free) else answer
+            return None if isinstance(answer, Unconstrained) else answer
         stops = self.tokenizer.stop_tokens
         thinking = thought.is_open(prompt, stops)
         one_value = self._value is not None
-        if isinstance(answer, Free) and thinking_budget is None:
+        if isinstance(answer, Unconstrained) and thinking_budget is None:
             return None
         if one_value and not thinking:
             return answer
@@ -128,19 +135,19 @@ class Grammar:
     def _answer(self, inside: bool, call_at_once: bool) -> Constraint:
         value = None if self._value is None else Matching(self._value.deep_copy())
         if self._call is None or self._start is None:
-            return value or Free()
+            return value or Unconstrained()
         if value is None or inside or call_at_once:
             return Calling(self._start, self._call, inside=inside, at_once=call_at_once)
         return Either(self._start, self._call, value)
 
 
-def _compiled(tokenizer: ChatTokenizer, text: str, what: str) -> LLMatcher:
+def _compiled(tokenizer: ChatTokenizer, text: str, argument: str) -> LLMatcher:
     from llguidance import LLMatcher
 
-    # The library prints what it minds, unless told not to.
+    # By default it also prints its errors.
     matcher = LLMatcher(vocabulary(tokenizer), text, log_level=0)
     if matcher.is_error():
         raise OptionError(
-            f"No grammar can be made of the {what} ({one_line(matcher.get_error())})."
+            f"No grammar can express the {argument} ({one_line(matcher.get_error())})."
         )
     return matcher

@@ -1,4 +1,4 @@
-"""A JSON Schema as llguidance takes it, and what is wrong with one that it does not take."""
+"""Prepare a JSON Schema for llguidance, and find the keyword for which it refuses one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from flash_moe.chat.tool_parameters import DEFINITIONS, Schema
 from flash_moe.errors import OptionError
 
-Schema = dict[str, Any]
-
-# One way to write each value, json.dumps's, which is what models have seen most. With free white
-# space a model of few bits writes nothing else, and fewer tokens are forced.
-WRITTEN = {
+# One way to write each value, that of json.dumps, which models have seen most. If white space is
+# free, a model of few bits writes nothing else, and fewer tokens are forced.
+WRITING_STYLE = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
@@ -20,56 +19,52 @@ WRITTEN = {
     "coerce_one_of": False,
 }
 
-# Keywords whose values are schemas: one, a list of them, or a table of them.
+# Keywords whose values are schemas: one, a list, or a table by name.
 ONE = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
 LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 TABLES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-DEFINITIONS = ("$defs", "definitions")
 CHOICES = ("enum", "const")
-# Bounds and which way they point. Those of int64, which some generators write everywhere, are no
-# wish; beyond what float64 counts exactly the library's own are a little off.
+# Bounds and their direction. Some generators write those of int64 everywhere, without meaning them;
+# beyond the integers that float64 counts exactly, llguidance's are a little off.
 BOUNDS = {"minimum": -1, "exclusiveMinimum": -1, "maximum": 1, "exclusiveMaximum": 1}
 FARTHEST = 2**53 - 1
-# At the ends of int64 the library (1.9.1) crashes with the process, or changes the number.
+# At the ends of int64, llguidance 1.9.1 crashes the process or changes the number.
 LARGEST_CHOICE = 10**18
 OBJECT = ("properties", "required", "additionalProperties", "patternProperties")
 
 
 def prepared(schema: Schema) -> Schema:
-    """The same values, less the additional properties that were never asked for: an object that
-    names its properties has those alone, unless it says otherwise."""
+    """A copy for llguidance. An object that declares properties allows no others, unless it says
+    so; apart from that, the same values are valid."""
     schema = json.loads(json.dumps(schema))
     closed = not any(_intersects(node) for _, node in parts(schema))
     for _, node in parts(schema):
         _tidy(node)
         if closed:
             _close(node)
-    return {**schema, "x-guidance": WRITTEN}
+    return {**schema, "x-guidance": WRITING_STYLE}
 
 
-def require_schema(schema: Any) -> None:
-    """OptionError, unless a grammar can be made of it; names the keyword that prevents it."""
+def require_schema(schema: Any, subject: str = "the schema") -> None:
+    """OptionError, unless a grammar can express the schema; names the keyword that prevents it."""
     if not isinstance(schema, dict):
-        raise OptionError(f"The schema is {schema!r:.40}, not an object.")
+        raise OptionError(f"No grammar can express {subject}: {schema!r:.40} is not an object.")
     try:
-        _require_numbers(prepared(schema))
-        whole = _error(schema)
-        if not whole:
-            return
-        where, keyword, value, reason = _culprit(schema, schema, "the schema") or (
-            *("the schema", None, None),
-            whole,
-        )
+        _require_exact_numbers(prepared(schema), subject)
+        reason = _error(schema)
+        culprit = _culprit(schema, schema, subject) if reason else None
     except RecursionError as error:
-        raise OptionError("The schema is nested too deeply.") from error
+        raise OptionError(f"No grammar can express {subject}: it is nested too deeply.") from error
     except (TypeError, ValueError) as error:
-        raise OptionError(f"The schema is no JSON ({error}).") from error
-    shown = "" if keyword is None else f"'s {keyword!r}: {json.dumps(value)[:60]}"
-    raise OptionError(f"No grammar can express {where}{shown} ({reason}).")
+        raise OptionError(f"No grammar can express {subject}: it is not JSON ({error}).") from error
+    if culprit is not None:
+        raise OptionError(f"No grammar can express {culprit}.")
+    if reason:
+        raise OptionError(f"No grammar can express {subject} ({reason}).")
 
 
 def parts(schema: Any, at: str = "the schema") -> Iterator[tuple[str, Schema]]:
-    """Every schema inside of one, itself first."""
+    """Every schema within one, with its place; itself first."""
     if isinstance(schema, dict):
         yield at, schema
         for where, child in _children(schema, at):
@@ -87,13 +82,13 @@ def _children(schema: Schema, at: str) -> Iterator[tuple[str, Any]]:
 
 
 def _intersects(schema: Schema) -> bool:
-    """Closing one side of an intersection would forbid what the other side asks for."""
+    """Closing one side of an intersection would forbid the properties of the other side."""
     joined = any(key in schema for key in ("anyOf", "oneOf", "$ref"))
     return "allOf" in schema or (joined and any(key in schema for key in OBJECT))
 
 
 def _tidy(schema: Schema) -> None:
-    """Without what says nothing, and with bounds that can be kept exactly."""
+    """Drop a keyword without meaning, and bring bounds to where they are exact."""
     if schema.get("uniqueItems") is False:
         del schema["uniqueItems"]
     for key, sign in BOUNDS.items():
@@ -102,12 +97,12 @@ def _tidy(schema: Schema) -> None:
             schema[key] = FARTHEST * sign
 
 
-def _require_numbers(schema: Schema) -> None:
-    for at, node in parts(schema):
+def _require_exact_numbers(schema: Schema, subject: str) -> None:
+    for at, node in parts(schema, subject):
         for number in _integers([node.get(key) for key in (*CHOICES, *BOUNDS)]):
             if abs(number) > LARGEST_CHOICE:
                 raise OptionError(
-                    f"{at} has the number {number!r:.24}, too large for a grammar to be exact."
+                    f"No grammar can express {number!r:.24} in {at}: it is too large to be exact."
                 )
 
 
@@ -123,8 +118,8 @@ def _close(schema: Schema) -> None:
     properties, required = schema.get("properties"), schema.get("required", [])
     if not isinstance(properties, dict) or not isinstance(required, list):
         return
-    says = any(key in schema for key in ("additionalProperties", "patternProperties"))
-    if properties and not says and all(name in properties for name in required):
+    explicit = any(key in schema for key in ("additionalProperties", "patternProperties"))
+    if properties and not explicit and all(name in properties for name in required):
         schema["additionalProperties"] = False
 
 
@@ -137,37 +132,41 @@ def _error(schema: Schema) -> str:
     except ValueError as error:
         return one_line(str(error))
     except BaseException as error:
-        # A panic of the library's Rust is no Exception.
+        # A panic in llguidance's Rust code is not an Exception.
         if type(error).__name__ != "PanicException":
             raise
-        return "the library gives up"
+        return "llguidance gives up"
 
 
 def one_line(error: str) -> str:
-    """What the library says of a grammar, without the text of it and the parser's state."""
-    said = [line.strip() for line in error.partition("<state>")[0].splitlines() if line.strip()]
-    # Of a regular expression, the last line has the reason, after a drawing of the place.
-    reasons = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
-    return next(iter(reasons + said), "")[:200]
+    """llguidance's reason, without its copy of the grammar and the parser's state."""
+    lines = [line.strip() for line in error.partition("<state>")[0].splitlines() if line.strip()]
+    # For a regular expression, the reason comes last, after a drawing of the place.
+    reasons = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return next(iter(reasons + lines), "")[:200]
 
 
-def _culprit(schema: Schema, root: Schema, at: str) -> tuple[str, str | None, Any, str] | None:
-    """The innermost schema that is refused on its own, and which of its keywords is why."""
+def _culprit(schema: Schema, root: Schema, at: str) -> str | None:
+    """The keyword for which the innermost schema is refused, its place, and the reason."""
     definitions = {key: root[key] for key in DEFINITIONS if key in root}
     for where, child in _children(schema, at):
         if isinstance(child, dict) and _error({**definitions, **child}):
             return _culprit(child, root, where)
     own = {key: value for key, value in schema.items() if key not in DEFINITIONS}
-    constraining = [key for key in own if key != "type"]
-    for key in constraining:
-        if reason := _error({**definitions, **_typed(schema), key: own[key]}):
-            return at, key, own[key], reason
-    for key in constraining:
-        rest = {name: value for name, value in own.items() if name != key}
-        if (reason := _error({**definitions, **own})) and not _error({**definitions, **rest}):
-            return at, key, own[key], reason
+    for key, reason in _refused_keywords(own, definitions):
+        return f"{key!r}: {json.dumps(own[key])[:60]} in {at} ({reason})"
     return None
 
 
-def _typed(schema: Schema) -> Schema:
-    return {"type": schema["type"]} if "type" in schema else {}
+def _refused_keywords(schema: Schema, definitions: Schema) -> Iterator[tuple[str, str]]:
+    """Keywords that are refused by themselves; then those without which the rest is accepted."""
+    type_only = {"type": schema["type"]} if "type" in schema else {}
+    keywords = [key for key in schema if key != "type"]
+    for key in keywords:
+        if reason := _error({**definitions, **type_only, key: schema[key]}):
+            yield key, reason
+    reason = _error({**definitions, **schema})
+    for key in keywords if reason else []:
+        rest = {name: value for name, value in schema.items() if name != key}
+        if not _error({**definitions, **rest}):
+            yield key, reason

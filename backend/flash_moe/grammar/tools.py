@@ -1,6 +1,6 @@
-"""The grammars of a call, from behind the token that starts it to the one that ends it.
+"""Grammars for one tool call, from after the token that starts it to the one that ends it.
 
-One for each of mlx-lm's parsers that we know how to please; written for llguidance, in its Lark.
+There is one for each of mlx-lm's parsers that we know how to satisfy, in llguidance's Lark.
 """
 
 from __future__ import annotations
@@ -10,40 +10,52 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flash_moe.chat.tool_parameters import Parameter, function_of, parameter, parameters_of
+from flash_moe.chat.tool_parameters import (
+    DEFINITIONS,
+    Parameter,
+    Schema,
+    function_of,
+    parameter,
+    parameters_of,
+)
 from flash_moe.errors import OptionError
-from flash_moe.grammar.json_schema import DEFINITIONS, Schema, one_line, prepared, require_schema
+from flash_moe.grammar.json_schema import one_line, prepared, require_schema
 
-# Names as the parser of tags reads them.
+# Names that the parser of tags can read.
 TAG_NAME = re.compile(r"[^\s<>]+")
-# What may not stand in a bare value: its end, and what splits a reply into calls.
+# A bare value must not contain its own end, nor the tags that split a reply into calls.
 MARKUP = r"(?s:.*)(<\/parameter>|<\/?tool_call>)(?s:.*)"
-# Of numbers without bounds; more digits than float64 holds come back as other numbers, or none.
+# Numbers without bounds; with more digits than float64 holds, the parser would change them.
 INTEGER = r"/-?(0|[1-9][0-9]{0,14})/"
 NUMBER = r"/-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?([eE][+-]?[0-9]{1,2})?/"
-# Without these, parameters that name no property take no argument.
-SAYS_MORE = {"additionalProperties", "patternProperties", "required", "anyOf", "oneOf", "allOf"}
+# Parameters with neither properties nor any of these take no arguments.
+ALLOWING = {"additionalProperties", "patternProperties", "required", "anyOf", "oneOf", "allOf"}
 NUMBER_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
 
 def tag_grammar(tools: Sequence[dict[str, Any]], end: str) -> str:
-    """<function=NAME>, <parameter=KEY> and values between them: Qwen3-Coder and Qwen3.5."""
+    """Qwen3-Coder's and Qwen3.5's: <function=NAME>, <parameter=KEY> and values between them."""
     rules, calls = ["%llguidance {}"], []
     for number, tool in enumerate(tools):
         function = function_of(tool)
         name, root = _name(function), parameters_of(function)
         _require_tag_name(name, "tool")
+        if "$ref" in root:
+            raise OptionError(
+                f"The parameters of the tool {name!r} use '$ref': {json.dumps(root['$ref'])[:60]}, "
+                "which a grammar cannot follow."
+            )
         required = set(root.get("required", ()))
         sequence = [_quoted(f"{name}>\n")]
         for place, (key, schema) in enumerate(root.get("properties", {}).items()):
             _require_tag_name(key, f"parameter of {name!r}")
             rule = f"p{number}_{place}"
-            what = f"the parameter {key!r} of the tool {name!r}"
-            rules += _tagged(rule, key, parameter(schema, root), root, what)
+            subject = f"the parameter {key!r} of the tool {name!r}"
+            rules += _tagged(rule, key, parameter(schema, root), root, subject)
             sequence.append(rule if key in required else f"{rule}?")
         if unknown := required - root.get("properties", {}).keys():
             raise OptionError(
-                f"The tool {name!r} requires {min(unknown)!r}, and does not say what."
+                f"The tool {name!r} requires {min(unknown)!r}, which is not one of its parameters."
             )
         rules.append(f"f{number}: {' '.join(sequence)}")
         calls.append(f"f{number}")
@@ -52,87 +64,95 @@ def tag_grammar(tools: Sequence[dict[str, Any]], end: str) -> str:
 
 
 def json_grammar(tools: Sequence[dict[str, Any]], end: str) -> str:
-    """{"name": …, "arguments": …}: Qwen3 and Hermes."""
+    """Qwen3's and Hermes': {"name": …, "arguments": …}."""
     rules, calls = ["%llguidance {}"], []
     for number, tool in enumerate(tools):
         function = function_of(tool)
         name = json.dumps(_name(function), ensure_ascii=False)
         schema = {**parameters_of(function), "type": "object"}
-        if not schema.get("properties") and not schema.keys() & SAYS_MORE:
+        if not schema.get("properties") and not schema.keys() & ALLOWING:
             schema["additionalProperties"] = False
-        require_schema(schema)
+        require_schema(schema, f"the arguments of the tool {name}")
         rules.append(f"a{number}: %json {json.dumps(prepared(schema))}")
         opening = _quoted(f'{{"name": {name}, "arguments": ')
         rules.append(f'f{number}: {opening} a{number} "}}"')
         calls.append(f"f{number}")
-    # Templates differ in whether the object has lines of its own.
+    # Some templates put the object on a line of its own.
     return "\n".join([*rules, f'start: "\\n"? ({" | ".join(calls)}) "\\n"? {end}'])
 
 
-# The names of mlx-lm's parsers → (what starts a call, the grammar of the rest).
-Writer = Callable[[Sequence[dict[str, Any]], str], str]
-GRAMMARS: dict[str, Writer] = {"qwen3_coder": tag_grammar, "json_tools": json_grammar}
+# By the names of mlx-lm's parsers; each takes the tools and the token that ends a call.
+GrammarWriter = Callable[[Sequence[dict[str, Any]], str], str]
+GRAMMARS: dict[str, GrammarWriter] = {"qwen3_coder": tag_grammar, "json_tools": json_grammar}
 
 
-def _tagged(rule: str, key: str, found: Parameter, root: Schema, what: str) -> list[str]:
-    """Rules for one parameter with its tags; the first of them is `rule`."""
+def _tagged(rule: str, key: str, value: Parameter, root: Schema, subject: str) -> list[str]:
+    """Rules for a parameter with its tags; the first one is `rule`."""
     head, tail = _quoted(f"<parameter={key}>\n"), _quoted("\n</parameter>\n")
-    if found.kind == "text" and found.choices is None:
+    if value.kind == "text" and not value.choices:
         terminal = f"T{rule.upper()}"
-        # Lazy, up to the first end: the regular expression cannot know where it is.
+        # Lazy, up to the first end: the regular expression cannot know where that is.
         return [
             f"{rule}: {head} {rule}_v",
             f"{rule}_v[lazy]: {terminal} {tail}",
-            f"{terminal}: {_text(found, what)}",
+            f"{terminal}: {_text(value, subject)}",
         ]
-    return [f"{rule}: {head} {rule}_v {tail}", f"{rule}_v: {_value(found, root, what)}"]
+    return [f"{rule}: {head} {rule}_v {tail}", f"{rule}_v: {_value(value, root, subject)}"]
 
 
-def _value(found: Parameter, root: Schema, what: str) -> str:
-    null = ' | "null"' if found.nullable else ""
-    schema = found.schema
-    if found.kind == "text":
-        # The parser takes the word null for null, in any case.
-        texts = [text for text in found.choices or () if text.lower() != "null"]
-        if not texts or any(re.search(MARKUP.replace(r"\/", "/"), text) for text in texts):
-            raise OptionError(f"{what}: none of {found.choices} can be said in this model's calls.")
-        return " | ".join(map(_quoted, texts)) + null
-    if found.kind == "boolean":
-        # Templates write Python's words in earlier calls, and models follow.
+def _value(value: Parameter, root: Schema, subject: str) -> str:
+    null = ' | "null"' if value.nullable else ""
+    schema = value.schema
+    if value.kind == "text":
+        return _choices(value, subject)
+    if value.kind == "boolean":
+        # Templates write Python's words into earlier calls, and models copy them.
         return f'"true" | "false" | "True" | "False"{null}'
-    if found.kind in ("integer", "number") and not any(key in schema for key in NUMBER_BOUNDS):
-        return (INTEGER if found.kind == "integer" else NUMBER) + null
+    if value.kind in ("integer", "number") and not any(key in schema for key in NUMBER_BOUNDS):
+        return (INTEGER if value.kind == "integer" else NUMBER) + null
     whole = {**{key: root[key] for key in DEFINITIONS if key in root}, **schema}
-    require_schema(whole)
+    require_schema(whole, subject)
     return f"%json {json.dumps(prepared(whole))}{null}"
 
 
-def _text(found: Parameter, what: str) -> str:
-    """A terminal for bare text. `format` is left to the tool: it is written for JSON strings."""
-    least, most = found.schema.get("minLength", 0), found.schema.get("maxLength", "")
-    wanted = [f"/(?s:.{{{least},{most}}})/" if (least or most != "") else "/(?s:.*)/"]
-    if "pattern" in found.schema:
-        wanted.append(_pattern(str(found.schema["pattern"]), what))
-    null = "" if found.nullable else " & ~/(?i:null)/"
-    return f"{' & '.join(wanted)} & ~/{MARKUP}/{null}"
+def _choices(value: Parameter, subject: str) -> str:
+    # The parser reads the word null as null, whatever its case.
+    texts = [text for text in value.choices if text.lower() != "null"]
+    quoted = [*map(_quoted, texts), *(['"null"'] if value.nullable else [])]
+    if not quoted or any(re.search(MARKUP.replace(r"\/", "/"), text) for text in texts):
+        raise OptionError(
+            f"Calls of this model cannot express all choices of {subject}: "
+            f"{json.dumps(value.choices)[:60]}."
+        )
+    return " | ".join(quoted)
 
 
-def _pattern(pattern: str, what: str) -> str:
-    """A pattern that may match anywhere as one that matches the whole."""
+def _text(value: Parameter, subject: str) -> str:
+    """A terminal for bare text. `format` is ignored, since formats are meant for JSON strings."""
+    least, most = value.schema.get("minLength", 0), value.schema.get("maxLength", "")
+    terms = [f"/(?s:.{{{least},{most}}})/" if (least or most != "") else "/(?s:.*)/"]
+    if "pattern" in value.schema:
+        terms.append(_pattern(str(value.schema["pattern"]), subject))
+    null = "" if value.nullable else " & ~/(?i:null)/"
+    return f"{' & '.join(terms)} & ~/{MARKUP}/{null}"
+
+
+def _pattern(pattern: str, subject: str) -> str:
+    """JSON Schema's patterns match anywhere in a text, a terminal's match all of it."""
     from llguidance import LLMatcher
 
     body = pattern.removeprefix("^")
     open_end = not body.endswith("$") or body.endswith("\\$")
     body = body if open_end else body[:-1]
     body = re.sub(
-        r"\\.|/|\n", lambda found: {"/": r"\/", "\n": r"\n"}.get(found[0], found[0]), body
+        r"\\.|/|\n", lambda match: {"/": r"\/", "\n": r"\n"}.get(match[0], match[0]), body
     )
     anything = "(?s:.*)"
     before, after = "" if pattern.startswith("^") else anything, anything if open_end else ""
     terminal = f"/{before}({body}){after}/"
     if error := LLMatcher.validate_grammar(f"start: TEXT\nTEXT: {terminal}"):
         raise OptionError(
-            f"{what} uses 'pattern': {pattern!r:.60}, which a grammar cannot express "
+            f"No grammar can express 'pattern': {json.dumps(pattern)[:60]} in {subject} "
             f"({one_line(error)})."
         )
     return terminal
@@ -141,15 +161,15 @@ def _pattern(pattern: str, what: str) -> str:
 def _name(function: dict[str, Any]) -> str:
     name = function.get("name")
     if not isinstance(name, str) or not name:
-        raise OptionError(f"A tool without a name: {json.dumps(function)[:80]}.")
+        raise OptionError(f"A tool has no name: {json.dumps(function)[:80]}.")
     return name
 
 
-def _require_tag_name(name: str, what: str) -> None:
+def _require_tag_name(name: str, owner: str) -> None:
     if not TAG_NAME.fullmatch(name):
         raise OptionError(
-            f"{name!r} cannot be the name of a {what}: this model's calls have no place for "
-            "spaces, '<' and '>' in names."
+            f"{name!r} cannot be the name of a {owner}: in calls of this model, names cannot "
+            "contain spaces, '<' or '>'."
         )
 
 

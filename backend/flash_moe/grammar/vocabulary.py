@@ -1,4 +1,4 @@
-"""A tokenizer's vocabulary as llguidance takes it, made once for each tokenizer."""
+"""A tokenizer's vocabulary in llguidance's form, built once for each tokenizer."""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ from weakref import WeakKeyDictionary
 from flash_moe.chat.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
-    # Brings in a library of 8 MB, which most replies need not.
+    # Importing it loads a library of 8 MB that most replies do not need.
     from llguidance import LLTokenizer
 
-# A vocabulary of 248,000 takes the library 2.9 s and 119 MB.
+# llguidance takes 2.9 s and 119 MB for a vocabulary of 248,000.
 _vocabularies: WeakKeyDictionary[ChatTokenizer, LLTokenizer] = WeakKeyDictionary()
 
 
 def vocabulary(tokenizer: ChatTokenizer) -> LLTokenizer:
-    found = _vocabularies.get(tokenizer)
-    if found is None:
-        from llguidance import LLTokenizer
+    cached = _vocabularies.get(tokenizer)
+    if cached is not None:
+        return cached
+    from llguidance import LLTokenizer
 
-        described = _with_unspoken_names(json.loads(tokenizer.tokenizer.to_str()))
-        stops = sorted(tokenizer.stop_tokens)
-        found = LLTokenizer(json.dumps(described), eos_token=stops or None)
-        _vocabularies[tokenizer] = found
-    return found
+    definition = _with_private_names(json.loads(tokenizer.tokenizer.to_str()))
+    stops = sorted(tokenizer.stop_tokens)
+    new = LLTokenizer(json.dumps(definition), eos_token=stops or None)
+    _vocabularies[tokenizer] = new
+    return new
 
 
-def _with_unspoken_names(described: dict[str, Any]) -> dict[str, Any]:
-    """Added tokens under names that no text contains.
+def _with_private_names(definition: dict[str, Any]) -> dict[str, Any]:
+    """The added tokens under names that no text contains.
 
-    A key or choice may spell "</think>". Cut into tokens by its name, that would be the token
-    itself, which is no text, and the library would force what its own grammar then refuses.
+    A key or choice may spell "</think>". By its name it would be tokenized as the special token,
+    which is not text, so llguidance would force a token that its own grammar then refuses.
     """
     names: dict[str, str] = {}
-    for token in described.get("added_tokens") or ():
+    for token in definition.get("added_tokens") or ():
         name = names[token["content"]] = f"\0{token['id']}\0"
         token.update(content=name, special=True, normalized=False)
-    words = described["model"].get("vocab")
+    words = definition["model"].get("vocab")
     if isinstance(words, dict):
-        described["model"]["vocab"] = {names.get(word, word): id for word, id in words.items()}
+        definition["model"]["vocab"] = {names.get(word, word): id for word, id in words.items()}
     elif isinstance(words, list):
-        described["model"]["vocab"] = [[names.get(word, word), score] for word, score in words]
-    return described
+        definition["model"]["vocab"] = [[names.get(word, word), score] for word, score in words]
+    return definition

@@ -1,51 +1,86 @@
-"""Which records the fused kernels can read: a SwitchGLU's, affine, in the widths that they know."""
+"""Which records the kernels can read, and why they cannot read the others: a SwitchGLU's, affine,
+in the widths that they know."""
 
 from __future__ import annotations
 
-from flash_moe.format.layout import CODES, PLANE_BITS, RESTS, Layout, Part
-from flash_moe.kernels.spec import BITS, GROUP_SIZES, SCALE_TYPES, ExpertSpec, Matrix, Rest
+from dataclasses import replace
+
+import mlx.nn as nn
+
+from flash_moe.format.layout import AFFINE, PLANE_BITS, SECOND_PLANE, Layout, Part, Quantization
+from flash_moe.kernels.spec import (
+    BITS,
+    GROUP_SIZES,
+    SCALE_TYPES,
+    ExpertSpec,
+    Matrix,
+    SecondPlane,
+)
+from flash_moe.upstream import swiglu_types
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def expert_spec(layout: Layout, stride: int) -> ExpertSpec | None:
-    """The spec of a SwitchGLU's record, or None if a kernel would have to do more than it can."""
+def why_unsupported(switch: nn.Module, layout: Layout) -> str | None:
+    """Why the kernels leave a switch layer to MLX, or None if they compute it. By exact type: a
+    subclass may compute something else."""
+    switch_glu, swiglu = swiglu_types()
+    if type(switch) is not switch_glu:
+        return f"it is a {type(switch).__name__}, not a SwitchGLU"
+    if type(switch.activation) is not swiglu:
+        return f"its activation is {type(switch.activation).__name__}, not SwiGLU"
+    if extra := sorted({part.param for part in layout.parts} - {*AFFINE, *SECOND_PLANE}):
+        return f"its projections have a {' and a '.join(extra)}"
+    dtypes = {part.name: part.dtype for part in layout.parts}
+    for projection, quantization in layout.quantization:
+        if problem := _packing_problem(quantization):
+            return f"{projection} {problem}"
+        kinds = {dtypes[f"{projection}.{param}"] for param in AFFINE[1:]}
+        if len(kinds) > 1 or not kinds <= set(SCALE_TYPES):
+            return f"its scales and biases are {' and '.join(sorted(kinds))}"
     parts = {part.name: part for part in layout.parts}
-    params = (*CODES, *RESTS) if layout.planes else CODES
-    wanted = {f"{p}.{q}" for p in ("gate_proj", "up_proj", "down_proj") for q in params}
-    if parts.keys() != wanted:
-        return None
-    gate, up, down = (_matrix(layout, parts, p) for p in ("gate_proj", "up_proj", "down_proj"))
-    if gate is None or up is None or down is None:
-        return None
-    alike = (gate.bits, gate.group_size, gate.scale_type, gate.rows, gate.columns)
-    if alike != (up.bits, up.group_size, up.scale_type, up.rows, up.columns):
-        return None
+    gate, up = (_matrix(layout, parts, name) for name in PROJECTIONS[:2])
+    places = {"weight": 0, "scales": 0, "biases": 0, "second": None}
+    if replace(gate, **places) != replace(up, **places):  # type: ignore[arg-type]
+        return "gate and up are packed in different ways"
+    return None
+
+
+def expert_spec(layout: Layout, stride: int) -> ExpertSpec:
+    """The spec of a record that the kernels support."""
+    parts = {part.name: part for part in layout.parts}
+    gate, up, down = (_matrix(layout, parts, name) for name in PROJECTIONS)
     return ExpertSpec(gate, up, down, stride)
 
 
-def _matrix(layout: Layout, parts: dict[str, Part], projection: str) -> Matrix | None:
+def _packing_problem(quantization: Quantization | None) -> str | None:
+    if quantization is None:
+        return "is not quantized"
+    if quantization.mode != "affine":
+        return f"is quantized as {quantization.mode}, not affine"
+    if quantization.bits not in BITS:
+        return f"has {quantization.bits} bits, not {', '.join(map(str, BITS))}"
+    if quantization.group_size not in GROUP_SIZES:
+        return f"has groups of {quantization.group_size}, not {', '.join(map(str, GROUP_SIZES))}"
+    return None
+
+
+def _matrix(layout: Layout, parts: dict[str, Part], projection: str) -> Matrix:
     quantization = dict(layout.quantization)[projection]
-    weight, scales, biases = (parts[f"{projection}.{param}"] for param in CODES)
-    if (
-        quantization is None
-        or quantization.mode != "affine"
-        or quantization.bits not in BITS
-        or quantization.group_size not in GROUP_SIZES
-        or scales.dtype not in SCALE_TYPES
-        or scales.dtype != biases.dtype
-    ):
-        return None
+    assert quantization is not None
+    weight, scales, biases = (parts[f"{projection}.{param}"] for param in AFFINE)
     rows, groups = scales.shape
-    rest = None
-    if layout.planes:
-        rest = Rest(*(parts[f"{projection}.{param}"].offset for param in RESTS))
+    second = None
+    if layout.two_planes:
+        second = SecondPlane(*(parts[f"{projection}.{param}"].offset for param in SECOND_PLANE))
     return Matrix(
         rows,
         groups * quantization.group_size,
-        PLANE_BITS if rest else quantization.bits,
+        PLANE_BITS if second else quantization.bits,
         quantization.group_size,
         scales.dtype,
         weight.offset,
         scales.offset,
         biases.offset,
-        rest,
+        second,
     )

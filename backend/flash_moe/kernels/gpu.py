@@ -9,17 +9,16 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
+from flash_moe.arrays import mlx_dtype
+from flash_moe.format.dtypes import BY_NAME
+from flash_moe.kernels.interface import Shared
 from flash_moe.kernels.shaders import GpuKind, kernel
-from flash_moe.kernels.spec import ExpertSpec, Matrix, Rest
+from flash_moe.kernels.spec import U32, ExpertSpec, Matrix, SecondPlane
 
-U32 = npt.NDArray[np.uint32]
 Constants = tuple[tuple[str, Any], ...]
 
 LANES = 32
-MAX_EXPERTS, MAX_CHOSEN = 1024, 32
-SCALE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +32,8 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """The work of a step: (slot, first row, rows, their tokens …) a tile. A slot with WHOLE set is
-    another than without: a tile has one choice of planes."""
+    """The work of a step, a row a tile: slot, first row, rows, their tokens. Slots with and without
+    FULL are different ones: a tile is computed from one plane or from both."""
 
     table: mx.array
     count: int
@@ -116,23 +115,7 @@ def down(
     return d[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Extras:
-    """What is added to a mixture: sigmoid(gate) * shared, and a residual. All [tokens, …]."""
-
-    shared: mx.array | None = None
-    gate: mx.array | None = None
-    residual: mx.array | None = None
-
-    def inputs(self, dtype: mx.Dtype) -> list[mx.array]:
-        given = (self.shared, self.gate, self.residual)
-        return [_nothing(dtype) if array is None else array.astype(dtype) for array in given]
-
-    def constants(self) -> Constants:
-        return (("SHARED", self.shared is not None), ("RESIDUAL", self.residual is not None))
-
-
-EXTRA_NAMES = ("shared", "shared_gate", "residual")
+SHARED_NAMES = ("shared", "shared_gate")
 
 
 def down_combine(
@@ -142,23 +125,23 @@ def down_combine(
     bank: mx.array,
     tiles: Tiles,
     weights: mx.array,
-    extras: Extras,
+    shared: Shared,
     dtype: mx.Dtype,
     tuning: Tuning,
 ) -> mx.array:
     """The weighted sum of the experts and what is added to it, [tokens, hidden]. Tiles of one
     token, the k of a token together."""
     tokens, k = weights.shape
-    names = ("h", "bank", "tiles", "weights", *EXTRA_NAMES)
+    names = ("h", "bank", "tiles", "weights", *SHARED_NAMES)
     run = kernel(kind, "expert_down_combine", names, ("y",))
     y: list[mx.array] = run(
-        inputs=[h, bank, tiles.table, weights, *extras.inputs(dtype)],
+        inputs=[h, bank, tiles.table, weights, *_shared_inputs(shared, dtype)],
         template=[
             ("T", dtype),
             ("K", k),
             ("ROWS", tuning.rows),
             *_matrices(spec, tuning.columns, "down"),
-            *extras.constants(),
+            ("SHARED", shared.output is not None),
         ],
         grid=(LANES * k, -(-spec.hidden // tuning.rows), tokens),
         threadgroup=(LANES * k, 1, 1),
@@ -169,17 +152,17 @@ def down_combine(
 
 
 def combine(
-    kind: GpuKind, d: mx.array, place: U32, weights: mx.array, extras: Extras, dtype: mx.Dtype
+    kind: GpuKind, d: mx.array, place: U32, weights: mx.array, shared: Shared, dtype: mx.Dtype
 ) -> mx.array:
     """The same sum where the experts' outputs are there already: those of token t and its choice
     j in row place[t * k + j]."""
     tokens, k = weights.shape
     hidden, threads = d.shape[1], 256
-    names = ("d", "place", "weights", *EXTRA_NAMES)
+    names = ("d", "place", "weights", *SHARED_NAMES)
     run = kernel(kind, "combine", names, ("y",))
     y: list[mx.array] = run(
-        inputs=[d, mx.array(place), weights, *extras.inputs(dtype)],
-        template=[("T", dtype), ("OUT", hidden), ("K", k), *extras.constants()],
+        inputs=[d, mx.array(place), weights, *_shared_inputs(shared, dtype)],
+        template=[("T", dtype), ("OUT", hidden), ("K", k), ("SHARED", shared.output is not None)],
         grid=(-(-hidden // threads) * threads, tokens, 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[(tokens, hidden)],
@@ -207,11 +190,11 @@ def router(kind: GpuKind, logits: mx.array, k: int, renormalise: bool) -> tuple[
 def _matrices(spec: ExpertSpec, columns: int, *names: str) -> Constants:
     """The constants of a kernel that reads these matrices of a record."""
     first: Matrix = getattr(spec, names[0])
-    size = SCALE_BYTES[first.scale_type]
+    size = BY_NAME[first.scale_type].nbytes
     found: list[tuple[str, Any]] = [
-        ("S", getattr(mx, first.scale_type)),
+        ("S", mlx_dtype(first.scale_type)),
         ("BITS", first.bits),
-        ("SPLIT", spec.split),
+        ("TWO_PLANES", spec.two_planes),
         ("GROUP", first.group_size),
         # Three bits end on a word border every 32 columns only.
         ("VPT", 32 if first.bits == 3 else min(columns, first.group_size)),
@@ -227,11 +210,11 @@ def _matrices(spec: ExpertSpec, columns: int, *names: str) -> Constants:
             (f"{letter}S", matrix.scales // size),
             (f"{letter}B", matrix.biases // size),
         ]
-        rest = matrix.rest or Rest(0, 0, 0)
+        second = matrix.second or SecondPlane(0, 0, 0)
         found += [
-            (f"{letter}RW", rest.weight // 4),
-            (f"{letter}RS", rest.scales // size),
-            (f"{letter}RB", rest.biases // size),
+            (f"{letter}RW", second.weight // 4),
+            (f"{letter}RS", second.scales // size),
+            (f"{letter}RB", second.biases // size),
         ]
     return tuple(found)
 
@@ -239,3 +222,8 @@ def _matrices(spec: ExpertSpec, columns: int, *names: str) -> Constants:
 @cache
 def _nothing(dtype: mx.Dtype) -> mx.array:
     return mx.zeros((1,), dtype)
+
+
+def _shared_inputs(shared: Shared, dtype: mx.Dtype) -> list[mx.array]:
+    arrays = (shared.output, shared.gate)
+    return [_nothing(dtype) if array is None else array.astype(dtype) for array in arrays]

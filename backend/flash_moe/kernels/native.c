@@ -19,8 +19,8 @@ struct expert {
     struct matrix gate, up, down;
 };
 
-struct spec { /* where a record has two planes, what it is to a pair of the first, and of both */
-    struct expert first, whole;
+struct spec { /* of a record in two planes: its first one, and both */
+    struct expert first, full;
     uint64_t stride;
 };
 
@@ -90,9 +90,9 @@ int flash_matmul(const struct matrix *m, const float *x, float *out, uint64_t to
 struct experts {
     const struct spec *s;
     const uint8_t *bank;
-    const float *x, *weights, *base;
+    const float *x, *weights;
     float *out, *h, *d; /* h [pairs, intermediate]; d [threads, pairs, BLOCK] */
-    const uint64_t *order; /* slot << 33 | whole << 32 | pair, sorted */
+    const uint64_t *order; /* slot << 33 | full << 32 | pair, sorted */
     const size_t *starts;  /* of each run of one slot and choice in order, and the end */
     size_t tokens, k, runs;
 };
@@ -109,7 +109,7 @@ static uintptr_t record(const struct experts *job, size_t run) {
 }
 
 static const struct expert *expert(const struct experts *job, size_t run) {
-    return job->order[job->starts[run]] >> 32 & 1 ? &job->s->whole : &job->s->first;
+    return job->order[job->starts[run]] >> 32 & 1 ? &job->s->full : &job->s->first;
 }
 
 /* h = silu(gate x) * up x, a block of rows of one run for all its tokens. */
@@ -166,7 +166,7 @@ static void down_piece(void *context, size_t i, int thread) {
     }
     for (size_t t = 0; d && t < job->tokens; t++) {
         float *y = job->out + t * rows;
-        for (size_t r = row; r < end; r++) y[r] = job->base ? job->base[t * rows + r] : 0;
+        for (size_t r = row; r < end; r++) y[r] = 0;
         for (size_t j = t * job->k; j < (t + 1) * job->k; j++)
             for (size_t r = row; r < end; r++) y[r] += job->weights[j] * d[j * BLOCK + r - row];
     }
@@ -206,8 +206,7 @@ static int experts_chunk(struct experts *job, const uint32_t *slots) {
 }
 
 int flash_experts(const struct spec *s, const uint8_t *bank, const float *x, const uint32_t *slots,
-                  const float *weights, const float *base, float *out, uint64_t tokens,
-                  uint64_t k) {
+                  const float *weights, float *out, uint64_t tokens, uint64_t k) {
     const size_t most = at_least_1(SCRATCH / (4 * k * padded(s->first.gate.rows)));
     const size_t hidden = s->first.down.rows;
     int failed = 0;
@@ -216,7 +215,6 @@ int flash_experts(const struct spec *s, const uint8_t *bank, const float *x, con
         struct experts job = {.s = s, .bank = bank, .x = x + t * hidden, .k = k};
         job.tokens = smaller(most, tokens - t);
         job.weights = weights ? weights + t * k : NULL;
-        job.base = base ? base + t * hidden : NULL;
         job.out = out + t * hidden * (weights ? 1 : k);
         failed = experts_chunk(&job, slots + t * k);
     }

@@ -1,21 +1,34 @@
-"""What a fused expert kernel must know about a record: where gate, up and down lie in it, and how
-they are packed. Everything is plain numbers."""
+"""What a kernel must know about an expert's record: where gate, up and down lie in it, and how
+they are packed. Everything is plain numbers.
+
+A pair is one token and one of its experts. In a call, a pair's slot number says which record of
+the bank it is computed from; with FULL set, from both planes of it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+U32 = npt.NDArray[np.uint32]
+F32 = npt.NDArray[np.float32]
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
 SCALE_TYPES = ("bfloat16", "float16", "float32")
-# Set in a pair's slot number: the pair is computed from both planes of its record.
-WHOLE = 1 << 31
+# What the router kernels take: experts of a layer, and how many of them for a token.
+MAX_EXPERTS, MAX_CHOSEN = 1024, 32
+
+FULL = 1 << 31
+SLOT_MASK = np.uint32(FULL - 1)
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
-    """The second plane of a matrix: the low two bits of 4-bit codes, whose high two bits are the
-    first plane, and the scales and biases of the 4-bit weights."""
+class SecondPlane:
+    """The low two bits of 4-bit codes, and the scales and biases of the 4-bit weights."""
 
     weight: int
     scales: int
@@ -24,8 +37,8 @@ class Rest:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One projection of one expert: `rows × columns`, affine, its parts at byte offsets. Where it
-    has a rest these are the first plane's, which can be computed from alone."""
+    """One projection of one expert: `rows × columns`, affine, its parts at byte offsets. Where
+    there is a second plane these are the first one's, a 2-bit matrix of its own."""
 
     rows: int
     columns: int
@@ -35,7 +48,7 @@ class Matrix:
     weight: int
     scales: int
     biases: int
-    rest: Rest | None = None
+    second: SecondPlane | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +62,19 @@ class ExpertSpec:
 
     def __post_init__(self) -> None:
         matrices = (self.gate, self.up, self.down)
-        if len({matrix.rest is None for matrix in matrices}) > 1:
+        if len({matrix.second is None for matrix in matrices}) > 1:
             raise ValueError("some matrices of a record have a second plane and some have none")
-        if self.split and any(matrix.bits != 2 for matrix in matrices):
+        if self.two_planes and any(matrix.bits != 2 for matrix in matrices):
             raise ValueError("a matrix in two planes has a first plane that is not of 2 bits")
 
     @property
-    def split(self) -> bool:
-        """Whether records lie in two planes, so that a pair has a choice."""
-        return self.gate.rest is not None
+    def two_planes(self) -> bool:
+        return self.gate.second is not None
 
-    def check_choice(self, largest: int) -> None:
-        """Of all slot numbers of a call the largest, which is where WHOLE shows."""
-        if largest >= WHOLE and not self.split:
-            raise ValueError(
-                f"slot {largest - WHOLE} is to be computed from two planes: it has one"
-            )
+    def check_slots(self, largest: int) -> None:
+        """ValueError, if the largest slot number of a call asks for a plane that is not there."""
+        if largest >= FULL and not self.two_planes:
+            raise ValueError(f"slot {largest - FULL} is to be computed from two planes: it has one")
 
     @property
     def hidden(self) -> int:
@@ -73,3 +83,10 @@ class ExpertSpec:
     @property
     def intermediate(self) -> int:
         return self.gate.rows
+
+
+def inverse(order: npt.NDArray[Any]) -> U32:
+    """Where each element of a permuted sequence has gone."""
+    place = np.empty(len(order), np.uint32)
+    place[order] = np.arange(len(order), dtype=np.uint32)
+    return place

@@ -7,7 +7,7 @@ import shlex
 import sys
 
 from flash_moe.machine import Nvidia, find_nvidia, is_translated
-from flash_moe.measure.mlx_library import Backends
+from flash_moe.mlx_library import Backends
 
 # What MLX's documentation asks for: the least driver of each wheel, and the least GPU of both.
 CUDA_DRIVERS = {"cuda13": (580,), "cuda12": (550, 54, 14)}

@@ -1,20 +1,20 @@
 """What computes the experts on this machine and why, and what would make it faster.
 
-MLX is imported inside, and its failure is a finding like any other: a doctor that needs a healthy
-patient is none.
+MLX is imported inside, and its failure is a result like any other: a doctor must not need a healthy
+patient.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from flash_moe.machine import Machine, inspect_machine
 from flash_moe.measure.advice import gpu_advice, mend_import
-from flash_moe.measure.mlx_library import Backends, find_backends
+from flash_moe.mlx_library import Backends, find_backends
 
-WRONG_LIBRARY = "MLX is not using the back end that was installed for it. To mend that:"
 MOVE_CACHE = (
     "The cache folder cannot be used, so the kernels are compiled anew at every start. Set "
     "XDG_CACHE_HOME to a folder that you can write to, on a disk that programs may run from."
@@ -23,7 +23,7 @@ MOVE_CACHE = (
 
 @dataclass(frozen=True, slots=True)
 class NativeKernel:
-    """`kept`: whether the file is in the cache, for the next start to find."""
+    """`kept`: whether the file is in the cache, where the next start looks for it."""
 
     simd: str
     threads: int
@@ -34,8 +34,8 @@ class NativeKernel:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """`broken` and `faster` are sentences for the user, each with what mends it. The runtime is
-    None if MLX cannot be loaded; `native` is None where nobody uses it, or nobody can."""
+    """`broken` and `faster` are sentences for the user, each with the command that helps. The
+    runtime is None if MLX cannot be loaded; `native` is None where those kernels are not used."""
 
     runtime: str | None
     why: str
@@ -48,23 +48,31 @@ class Diagnosis:
     native: NativeKernel | None
     machine: Machine
 
+    @classmethod
+    def of_machine(cls) -> Diagnosis:
+        """Compiles the native kernels if they would be used, as loading a model does."""
+        return _diagnose()
+
+    def left_to_mlx(self, path: Path) -> dict[str, str | None]:
+        """For every switch layer of a model why our kernels do not compute it, or None."""
+        from flash_moe.measure.coverage import left_to_mlx
+
+        return left_to_mlx(path)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def diagnose() -> Diagnosis:
-    """Compiles the native kernels if they would be used, as loading a model does."""
+def _diagnose() -> Diagnosis:
     backends, machine, mlx = find_backends(), inspect_machine(), _version()
-    broken: tuple[str, ...] = ()
-    if backends.mend:
-        broken = (f"{WRONG_LIBRARY} {backends.mend}",)
+    broken: tuple[str, ...] = (backends.problem,) if backends.problem else ()
     try:
-        from flash_moe.kernels.runtime import choose
+        from flash_moe.kernels.runtime import choose_runtime
     except ImportError as error:
         why = f"MLX cannot be loaded: {error}"
         broken = broken or (mend_import(str(error), mlx, backends),)
         return Diagnosis(None, why, (), broken, False, mlx, None, backends, None, machine)
-    runtime = choose()
+    runtime = choose_runtime()
     on_gpu = runtime.name in ("metal", "cuda")
     native = _native() if runtime.name == "native" else None
     advice = (
@@ -87,8 +95,8 @@ def diagnose() -> Diagnosis:
 
 
 def _native() -> NativeKernel:
-    from flash_moe.kernels.native import find_compiler, load_native
-    from flash_moe.native.build import cache_folder
+    from flash_moe.kernels.native import load_native
+    from flash_moe.native.build import cache_folder, find_compiler
 
     native = load_native()
     file = str(native.file)

@@ -1,7 +1,5 @@
-"""What of mlx-lm's model our kernels take over, beside the streamed experts.
-
-By exact type everywhere: a subclass may compute something else.
-"""
+"""Puts our kernels into a model of mlx-lm's whose switch layers are streamed: whole mixtures where
+the formula is known, and on a CPU the resident matrices."""
 
 from __future__ import annotations
 
@@ -11,34 +9,50 @@ from mlx.utils import tree_unflatten
 
 from flash_moe.checkpoint.switches import parameters, set_module
 from flash_moe.errors import UnsupportedModel
-from flash_moe.kernels.gpu import MAX_CHOSEN, MAX_EXPERTS
-from flash_moe.kernels.native import load_native
+from flash_moe.kernels.native import NativeKernels, load_native
 from flash_moe.kernels.runtime import Runtime
-from flash_moe.model.mixture import PlainMixture, StreamedMixture
+from flash_moe.model.families import family_of
+from flash_moe.model.mixture import Mixture
 from flash_moe.model.native_linear import NativeLinear, multiplies
-from flash_moe.stream.choice import Choice
+from flash_moe.stream.choice import ExpertChoice
 from flash_moe.stream.streamed import StreamedSwitch, Streamer
 
-NARROWEST = 128
+# Columns of a quantized matrix from which on MLX's CUDA back end computes it right.
+NARROWEST_ON_CUDA = 128
 
 
-def take_over(model: nn.Module, streamer: Streamer, runtime: Runtime, choice: Choice) -> None:
-    """Replace modules of a model whose switch layers are streamed already; all still lazy. A choice
-    that is the model's own leaves mlx-lm's block alone where no kernel computes it."""
+def install_kernels(
+    model: nn.Module, streamer: Streamer, runtime: Runtime, choice: ExpertChoice
+) -> None:
+    """All arrays are still lazy. A choice that is the model's own leaves mlx-lm's block alone
+    where no kernel computes it."""
     for path, module in list(model.named_modules()):
-        if _is_block(module) and module.switch_mlp.fused and _fits(module, choice):
-            set_module(model, path, StreamedMixture(module, streamer, choice))
-        elif _is_block(module) and (choice.needs_host or choice.routed > choice.k):
-            set_module(model, path, PlainMixture(module, streamer, choice))
+        family = family_of(module)
+        if family is not None:
+            mixture = family(module, streamer, choice)
+            if mixture.fused or choice.needs_host or choice.routed > choice.k:
+                set_module(model, path, mixture)
         elif runtime.name == "native" and type(module) is nn.QuantizedLinear and multiplies(module):
-            set_module(model, path, NativeLinear(module, load_native()))
+            set_module(model, path, NativeLinear(module, NativeKernels(load_native())))
     if runtime.widen:
         _widen(model)
     if mx.default_device() == mx.gpu and not mx.metal.is_available():
         refuse_narrow(model)
 
 
-def heads(model: nn.Module) -> list[NativeLinear]:
+def knows_formula(model: nn.Module) -> bool:
+    """Whether every streamed layer belongs to a block whose formula is known."""
+    switches = [m for _, m in model.named_modules() if isinstance(m, StreamedSwitch)]
+    return len(switches) == len(_blocks(model))
+
+
+def renormalises(model: nn.Module) -> bool:
+    """Whether the weights of a token's experts sum to one."""
+    blocks = _blocks(model)
+    return bool(blocks) and all(family.renormalises(block) for family, block in blocks)
+
+
+def find_heads(model: nn.Module) -> list[NativeLinear]:
     """The native matrices that give logits: as many rows as there are words, and in no layer. A
     matrix inside of a layer may have that many by chance, and the state needs it."""
     modules = model.named_modules()
@@ -62,7 +76,7 @@ def refuse_narrow(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if (
             isinstance(module, nn.QuantizedLinear)
-            and module.scales.shape[-1] * module.group_size < NARROWEST
+            and module.scales.shape[-1] * module.group_size < NARROWEST_ON_CUDA
         ):
             raise UnsupportedModel(
                 f"{path} is too narrow for MLX on an NVIDIA GPU, which would compute it wrongly. "
@@ -70,37 +84,15 @@ def refuse_narrow(model: nn.Module) -> None:
             )
 
 
-def renormalises(model: nn.Module) -> bool:
-    """Whether the weights of a token's experts sum to one."""
-    blocks = [m for _, m in model.named_modules() if _is_block(m)]
-    return bool(blocks) and all(block.norm_topk_prob for block in blocks)
-
-
-def knows_formula(model: nn.Module) -> bool:
-    """Whether every mixture of a model is one that we know the formula of."""
-    switches = [path for path, m in model.named_modules() if isinstance(m, StreamedSwitch)]
-    blocks = [path for path, m in model.named_modules() if _is_block(m)]
-    return len(switches) == len(blocks)
-
-
-def _is_block(block: nn.Module) -> bool:
-    from mlx_lm.models.qwen3_next import Qwen3NextSparseMoeBlock
-
-    return (
-        type(block) is Qwen3NextSparseMoeBlock
-        and isinstance(block.switch_mlp, StreamedSwitch)
-        and block.sharding_group is None
-    )
-
-
-def _fits(block: nn.Module, choice: Choice) -> bool:
-    return choice.ranked <= MAX_CHOSEN and block.num_experts <= MAX_EXPERTS
+def _blocks(model: nn.Module) -> list[tuple[type[Mixture], nn.Module]]:
+    modules = (module for _, module in model.named_modules())
+    return [(family, module) for module in modules if (family := family_of(module))]
 
 
 def _widen(model: nn.Module) -> None:
     """16-bit weights to float32, and with them all activations; but not what the native kernel
     reads, which takes scales of any type as fast."""
-    kept = {
+    native = {
         f"{path}.{param}"
         for path, module in model.named_modules()
         if isinstance(module, NativeLinear)
@@ -109,6 +101,6 @@ def _widen(model: nn.Module) -> None:
     wide = [
         (name, array.astype(mx.float32))
         for name, array in parameters(model).items()
-        if array.dtype in (mx.bfloat16, mx.float16) and name not in kept
+        if array.dtype in (mx.bfloat16, mx.float16) and name not in native
     ]
     model.update(tree_unflatten(wide))

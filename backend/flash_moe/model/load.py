@@ -8,70 +8,53 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from flash_moe.checkpoint.folder import experts_per_token, open_folder
-from flash_moe.checkpoint.plan import BANK_BYTES, Plan, make_plan
+from flash_moe import upstream
+from flash_moe.callbacks import Progress, no_progress
+from flash_moe.checkpoint.folder import open_folder
+from flash_moe.checkpoint.locations import ExpertLayer
+from flash_moe.checkpoint.plan import Plan, chosen_experts, make_plan
 from flash_moe.checkpoint.skeleton import open_skeleton
 from flash_moe.checkpoint.switches import companions
-from flash_moe.errors import FlashMoeError, OptionError
+from flash_moe.errors import FlashMoeError, OptionError, Remedy
 from flash_moe.kernels.backends import make_kernels
-from flash_moe.kernels.runtime import Runtime, choose
-from flash_moe.model.install import heads, knows_formula, renormalises, take_over
+from flash_moe.kernels.runtime import Runtime, choose_runtime
+from flash_moe.model.install import find_heads, install_kernels, knows_formula, renormalises
+from flash_moe.model.native_linear import NativeLinear
+from flash_moe.options import Settings
 from flash_moe.stream.bank import Bank
-from flash_moe.stream.choice import Choice, Occasion
-from flash_moe.stream.reader import DEFAULT_CHUNK, DEFAULT_THREADS, Reader
-from flash_moe.stream.store import ExpertLayer, ExpertStore, Mode
-from flash_moe.stream.streamed import StreamedSwitch, Streamer
-
-Progress = Callable[[int, int], None]
+from flash_moe.stream.choice import ExpertChoice
+from flash_moe.stream.precision import Precision
+from flash_moe.stream.reader import Reader
+from flash_moe.stream.store import ExpertStore
+from flash_moe.stream.streamed import StreamedLayer, StreamedSwitch, Streamer
 
 # Resident weights are evaluated this much at a time, so that progress moves and Ctrl-C works.
 LOAD_STEP_BYTES = 64 << 20
 
 
-# What the weights of experts are when fewer are used than the model was trained with: those among
-# all of them, or made to sum up to one again, as mlx-lm does it. Kept ones are better at four of
-# ten (backend/benchmarks/fewer-experts.md); `auto` keeps them where we know the formula.
-Weights = Literal["auto", "keep", "renormalise"]
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How to run a model. `experts` to `whole_in` change results (flash_moe.stream.choice says
-    how), `runtime` only their rounding; the rest changes nothing but speed and memory."""
-
-    experts: int | None = None
-    weights: Weights = "auto"
-    skip_below: float = 0.0
-    prefer_cached: float = 0.0
-    whole: int | None = None
-    whole_in: tuple[Occasion, ...] = ()
-    runtime: str = "auto"
-    bank_bytes: int = BANK_BYTES
-    threads: int = DEFAULT_THREADS
-    chunk: int = DEFAULT_CHUNK
-    mode: Mode = "buffered"
-
-
 @dataclass(slots=True)
 class StreamedModel:
+    """`heads` are the native matrices that give logits."""
+
     model: nn.Module
     config: dict[str, Any]
     path: Path
     plan: Plan
+    choice: ExpertChoice
     streamer: Streamer
     runtime: Runtime
+    heads: list[NativeLinear]
     load_seconds: float
     _thread: int = field(default_factory=threading.get_ident)
 
-    def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
+    def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
         if threading.get_ident() != self._thread:
             raise FlashMoeError("A loaded model runs in the thread that loaded it.")
         logits: mx.array = self.model(tokens, cache=cache)
@@ -80,21 +63,26 @@ class StreamedModel:
     def advance(self, tokens: mx.array, cache: list[Any]) -> None:
         """Take tokens into the cache, without their logits: of 512 tokens of the 397B, those would
         be 0.5 GB and, computed eagerly, most of the time."""
-        skipped = heads(self.model)
-        for head in skipped:
+        for head in self.heads:
             head.skipped = True
         try:
             self(tokens, cache=cache)
         finally:
-            for head in skipped:
+            for head in self.heads:
                 head.skipped = False
         mx.eval([layer.state for layer in cache])
 
     def make_cache(self) -> list[Any]:
-        from mlx_lm.models.cache import make_prompt_cache
+        """The state of a new conversation."""
+        return upstream.make_cache(self.model)
 
-        cache: list[Any] = make_prompt_cache(self.model)
-        return cache
+    @property
+    def lossy(self) -> list[str]:
+        """What makes it less exact than the checkpoint, in words; empty if nothing does."""
+        reasons = self.choice.lossy(self.plan.own_experts_per_token)
+        made = self.plan.requantized
+        # Two planes lose nothing where both are read, and the choice says where they are not.
+        return reasons + ([str(made)] if made and not made.two_planes else [])
 
     def close(self) -> None:
         try:
@@ -105,20 +93,16 @@ class StreamedModel:
 
 
 def load(
-    path: Path, settings: Settings = Settings(), progress: Progress = lambda done, total: None
+    path: Path, settings: Settings = Settings(), progress: Progress = no_progress
 ) -> StreamedModel:
     """Open a checkpoint folder or a pack and bring its resident weights, and only those, in."""
     start = time.perf_counter()
-    runtime = choose(settings.runtime)
+    runtime = choose_runtime(settings.runtime)
     folder = open_folder(path)
-    chosen = settings.experts
-    if chosen is None and folder.manifest is not None:
-        chosen = folder.manifest.experts_per_token
-    skeleton = open_skeleton(folder, chosen)
+    skeleton = open_skeleton(folder, chosen_experts(folder, settings.experts))
     layers = skeleton.layers()
     _require_computable(runtime, layers)
-    own = experts_per_token(folder.config) or 1
-    plan = make_plan(skeleton, own, settings.bank_bytes)
+    plan = make_plan(skeleton, settings.bank_bytes)
     streamer = Streamer(
         ExpertStore(layers, settings.mode),
         Reader(settings.threads, settings.chunk),
@@ -126,54 +110,61 @@ def load(
         make_kernels(runtime.name),
     )
     skeleton.replace(
-        lambda number, switch: StreamedSwitch(streamer, number, switch, companions(switch))
+        lambda number, switch: StreamedSwitch(
+            StreamedLayer(streamer, number, switch), companions(switch)
+        )
     )
     choice = _choice(skeleton.model, plan, settings)
-    streamer.whole, streamer.whole_in = choice.whole is None, choice.whole_in
-    take_over(skeleton.model, streamer, runtime, choice)
+    streamer.precision = choice.precision
+    install_kernels(skeleton.model, streamer, runtime, choice)
     resident = list(skeleton.resident().values())
-    nbytes = sum(array.nbytes for array in resident)
-    plan = replace(plan, resident_bytes=nbytes, choice=choice)
+    plan = replace(plan, resident_bytes=sum(array.nbytes for array in resident))
     _materialise(resident, progress)
-    seconds = time.perf_counter() - start
-    return StreamedModel(skeleton.model, skeleton.config, path, plan, streamer, runtime, seconds)
-
-
-def _choice(model: nn.Module, plan: Plan, settings: Settings) -> Choice:
-    """As asked, where we know the formula of every mixture; elsewhere the block's own alone."""
-    k, own, known = plan.experts_per_token, plan.own_experts_per_token, knows_formula(model)
-    asked = {
-        "weights=keep": settings.weights == "keep" and k < own,
-        "skip_below": settings.skip_below > 0,
-        "prefer_cached": settings.prefer_cached > 0,
-        f"whole={settings.whole}": bool(settings.whole),
-    }
-    if not known and (wanted := [name for name, yes in asked.items() if yes]):
-        raise OptionError(
-            f"{wanted[0]}: not known how for {plan.architecture}, whose router we do not "
-            "compute. Leave it out."
-        )
-    if settings.whole is not None and plan.first_bytes is None:
-        raise OptionError(
-            "whole: the model is not in two planes. Pack its 4-bit checkpoint with: "
-            "llm flash-moe pack SOURCE --planes"
-        )
-    if settings.whole is None and settings.whole_in:
-        raise OptionError("whole_in goes with whole: say how many are read whole elsewhere.")
-    keep = known and k < own and settings.weights != "renormalise"
-    return Choice(
-        k,
-        own if keep else k,
-        renormalises(model),
-        settings.skip_below,
-        settings.prefer_cached,
-        settings.whole,
-        settings.whole_in,
+    return StreamedModel(
+        skeleton.model,
+        skeleton.config,
+        path,
+        plan,
+        choice,
+        streamer,
+        runtime,
+        find_heads(skeleton.model),
+        time.perf_counter() - start,
     )
+
+
+def _choice(model: nn.Module, plan: Plan, settings: Settings) -> ExpertChoice:
+    """As asked, where the formula of every block is known; elsewhere only the block's own."""
+    k, own, known = plan.experts_per_token, plan.own_experts_per_token, knows_formula(model)
+    full, full_in = settings.full_experts, settings.full_experts_in or ()
+    if not known:
+        _refuse_unknown("cache_tolerance", settings.cache_tolerance, plan)
+        _refuse_unknown("full_experts", full, plan)
+    if full is not None and plan.first_plane_bytes is None:
+        raise OptionError(
+            f"full_experts={full}: this model is not packed in two planes.",
+            Remedy.PACK_IN_PLANES,
+        )
+    if full is None and full_in:
+        raise OptionError("full_experts_in needs full_experts, the number that counts elsewhere.")
+    # With fewer experts than the model was trained with, each keeps the weight that it has among
+    # all: better at four of ten than summing to one again (benchmarks/fewer-experts.md).
+    return ExpertChoice(
+        k,
+        max(own, k) if known else k,
+        renormalises(model),
+        settings.cache_tolerance or 0.0,
+        Precision(full, full_in),
+    )
+
+
+def _refuse_unknown(name: str, value: float | None, plan: Plan) -> None:
+    if value:
+        raise OptionError(f"{name} is not supported for {plan.architecture}.")
 
 
 def _require_computable(runtime: Runtime, layers: list[ExpertLayer]) -> None:
-    """MLX's CPU back end multiplies by stacks of plain 16-bit matrices not at all."""
+    """MLX's CPU back end cannot multiply by stacks of plain 16-bit matrices."""
     if runtime.name != "mlx" or runtime.widen or mx.default_device() != mx.cpu:
         return
     for layer in layers:

@@ -1,7 +1,7 @@
-"""Turns C sources into a library for this very processor, once: later starts find it in a cache.
+"""Turns C sources into a library for this very processor, once: later starts take it from a cache.
 
-The name of a cached file holds what went in (source, compiler, flags, processor) and what came out,
-so a file of another machine is never loaded and a damaged one is built again.
+A cached file is named after what went in (source, compiler, flags, processor) and what came out, so
+a file of another machine is never loaded and a damaged one is built again.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from flash_moe.errors import FlashMoeError
+from flash_moe.errors import NativeUnavailable
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """What is built: the first source is compiled and includes the rest. The name is its file's
-    in the cache; what it is goes into messages."""
+    """The first source is compiled and includes the others. `name` is that of the cached file,
+    `title` what messages call it."""
 
     name: str
-    what: str
+    title: str
     sources: tuple[Path, ...]
 
 
@@ -44,10 +44,6 @@ FLAGS = (
     "-pthread",
 )
 COMPILE_SECONDS = 300
-
-
-class NativeUnavailable(FlashMoeError):
-    """Compiled code cannot be had here; the text says why and what mends it."""
 
 
 def find_compiler() -> str | None:
@@ -69,7 +65,7 @@ def build(library: Library, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
         source = b"".join(path.read_bytes() for path in library.sources)
     except OSError as error:
         raise NativeUnavailable(
-            f"The source of {library.what} cannot be read: {error}. Install again."
+            f"The source of {library.title} cannot be read: {error}. Install again."
         ) from error
     version = _run([compiler, "--version"]).stdout
     inputs = repr((source, compiler, version, FLAGS, extra_flags, _processor()))
@@ -83,7 +79,7 @@ def build(library: Library, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
         if place and (loaded := _load(_compile(library, compiler, extra_flags, place, stem))):
             return loaded
     raise NativeUnavailable(
-        f"What {compiler} made of {library.what} does not load. Set CC to another compiler."
+        f"What {compiler} made of {library.title} does not load. Set CC to another compiler."
     )
 
 
@@ -101,7 +97,7 @@ def _compile(
         if done.returncode:
             last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
             raise NativeUnavailable(
-                f"{compiler} could not compile {library.what}. Set CC to another compiler "
+                f"{compiler} could not compile {library.title}. Set CC to another compiler "
                 f"(gcc 9 and clang 12 or newer will do).\n{last}"
             )
         path = folder / f"{stem}-{_digest(Path(temporary))}.so"
@@ -110,7 +106,7 @@ def _compile(
         os.replace(temporary, path)
     except OSError as error:
         raise NativeUnavailable(
-            f"A library for {library.what} could not be written to {folder}: {error}. "
+            f"A library for {library.title} could not be written to {folder}: {error}. "
             "Make room there, or set XDG_CACHE_HOME."
         ) from error
     finally:

@@ -1,1 +1,1 @@
-"""Prepare a checkpoint: one aligned record an expert, with fewer bits if asked."""
+"""Prepare a checkpoint: one aligned record an expert, with fewer bits or in two planes if asked."""

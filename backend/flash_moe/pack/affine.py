@@ -9,15 +9,15 @@ TOGETHER = 8
 
 
 def extremes(groups: mx.array, largest: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Scale and bias that make the smallest and the largest of each group the outermost levels. At
-    2 bits that is poor: nearly all weights lie between the two middle levels."""
+    """The scale and bias that make the smallest and the largest weight of each group the outermost
+    levels. At 2 bits that is poor: nearly all weights lie between the two middle levels."""
     low = groups.min(axis=-1, keepdims=True)
     scales = (groups.max(axis=-1, keepdims=True) - low) / largest
     return scales.astype(dtype), low.astype(dtype)
 
 
 def nearest_codes(groups: mx.array, scales: mx.array, biases: mx.array, largest: int) -> mx.array:
-    """Of each weight, in float32."""
+    """The code nearest to each weight, in float32."""
     wide = scales.astype(mx.float32)
     # A group of equal weights has no scale, and any code gives its bias.
     steps = (groups - biases.astype(mx.float32)) / mx.where(wide == 0, 1, wide)

@@ -1,8 +1,8 @@
-"""How much errors in the columns of expert matrices weigh: what a model multiplies them with when
-it reads a text.
+"""Reads a text with the model that is to be packed, to measure what its experts multiply with.
 
-A text is read in windows, each from nothing and in one chunk, so that each reads the experts once.
-What was found so far is kept beside the half-made pack, and an interrupted reading goes on with it.
+A text is read in windows, each from an empty state and in one chunk, so that each reads the experts
+once. The sums so far are saved beside the unfinished pack, and an interrupted reading resumes from
+them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,154 +17,114 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from flash_moe.callbacks import Advance, no_advance
 from flash_moe.chat.tokenizer import ChatTokenizer, load_tokenizer
-from flash_moe.checkpoint.folder import open_folder
-from flash_moe.checkpoint.skeleton import open_skeleton
-from flash_moe.errors import CheckpointError, NotContiguous, OptionError
-from flash_moe.evaluation.held_out import is_message, parse_lines, read_text
-from flash_moe.evaluation.likelihood import WINDOW
+from flash_moe.errors import CheckpointError, OptionError, Remedy
 from flash_moe.format.atomic import replacing
-from flash_moe.model.load import load
-from flash_moe.pack.activations import LAST, Activations, LayerSums
-from flash_moe.pack.recast import Columns
+from flash_moe.format.json_files import parse_lines, read_text
+from flash_moe.model.load import StreamedModel, load
+from flash_moe.pack.activations import Activations, LayerSums
+from flash_moe.pack.importance import ColumnImportance
 
-# Less says nothing of most experts.
+# Fewer tokens reach too few of the experts.
 LEAST_TOKENS = 1000
-# Rows that count beside an expert's own, all columns alike in them: what few rows say is noise in
-# part. Two bits put flash-moe-tiny's last matrices off by 0.313 unweighed, by 0.291 weighed by 80
-# rows an expert, and by 0.288 with these beside them. The mean over a layer says little of one of
-# its experts: 0.310 (backend/benchmarks/calibration.md).
-LEVEL_ROWS = 50
-# Windows between two savings. Of the 397B, 0.25 GB are written and 1.7 TB read meanwhile.
-SAVED_EVERY = 8
-KEPT = "calibration.npz"
-INSTEAD = "Correct the line, or leave it out."
+SUMS_FILE = "calibration.npz"
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """How a text is read: tokens a window, tokens a chunk of it, and windows between two savings.
+    Of the 397B, 0.25 GB are written and 1.7 TB read from one saving to the next."""
+
+    window: int = 1024
+    chunk: int = 1024
+    saved_every: int = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A text as tokens of a model; `digest` tells it from any other."""
+    """A text as tokens of the model in `source`; `digest` identifies the text."""
 
     source: Path
     digest: str
     ids: list[int]
+    steps: Steps = Steps()
 
-    def collect(
-        self, state: Path, progress: Callable[[int], None] = lambda tokens: None, **how: Any
-    ) -> Measured:
-        """Read the text with the model, or what of it was not read yet."""
-        activations, start = _kept(state / KEPT)
-        progress(start)
-        if start < len(self.ids):
-            self._read(activations, start, state / KEPT, progress, **how)
-        sums = activations.layers.values()
-        if not all(np.isfinite(s.inputs).all() and np.isfinite(s.inner).all() for s in sums):
+    def collect(self, state: Path, progress: Advance = no_advance) -> ColumnImportance:
+        """Read the text with the model, or the rest of it if the folder `state` holds sums."""
+        activations, position = _load_sums(state / SUMS_FILE)
+        progress(position)
+        if position < len(self.ids):
+            self._read(activations, position, state / SUMS_FILE, progress)
+        if not all(sums.finite for sums in activations.layers.values()):
             raise CheckpointError(
-                "The model computes numbers that are not finite when it reads this text, which "
-                f"weigh nothing. Remove {state} and leave out --calibrate."
+                "The model computes numbers that are not finite when it reads this text, so they "
+                f"cannot weigh errors. Remove {state} and pack without calibration.",
+                Remedy.PACK_WITHOUT_CALIBRATION,
             )
-        return Measured(activations.layers)
+        return ColumnImportance(activations.layers)
 
-    def _read(
-        self,
-        activations: Activations,
-        start: int,
-        kept: Path,
-        progress: Callable[[int], None],
-        window: int = WINDOW,
-        chunk: int = WINDOW,
-        saved_every: int = SAVED_EVERY,
-    ) -> None:
+    def _read(self, activations: Activations, start: int, file: Path, progress: Advance) -> None:
+        steps, total = self.steps, len(self.ids)
         model = load(self.source)
         try:
-            for at in range(start, len(self.ids), window):
-                end, cache = min(at + window, len(self.ids)), model.make_cache()
-                with activations.watching(model.streamer):
-                    for first in range(at, end, chunk):
-                        tokens = self.ids[first : min(first + chunk, end)]
-                        model.advance(mx.array(tokens)[None], cache)
+            for at in range(start, total, steps.window):
+                end = min(at + steps.window, total)
+                with activations.recording(model.streamer):
+                    self._read_window(model, at, end)
                 mx.clear_cache()
-                if end == len(self.ids) or end // window % saved_every == 0:
-                    _keep(kept, activations, end)
+                if end == total or end // steps.window % steps.saved_every == 0:
+                    _save_sums(file, activations, end)
                 progress(end - at)
         finally:
             model.close()
 
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """The mean square of what each column is multiplied with, as importance."""
-
-    layers: dict[str, LayerSums]
-
-    def of(self, path: str, projection: str, expert: int) -> Columns | None:
-        sums = self.layers.get(path)
-        if sums is None:
-            return None
-        if projection not in LAST:
-            return (sums.inputs / sums.rows).astype(np.float32)
-        rows, inner = int(sums.routed[expert]), sums.inner[expert]
-        if not rows:
-            return None
-        level = LEVEL_ROWS / rows * inner.mean()
-        columns: Columns = ((inner + level) / (rows + LEVEL_ROWS)).astype(np.float32)
-        return columns
-
-    @property
-    def unreached(self) -> int:
-        """Experts that were given nothing."""
-        return sum(int((sums.routed == 0).sum()) for sums in self.layers.values())
-
-    @property
-    def experts(self) -> int:
-        return sum(len(sums.routed) for sums in self.layers.values())
+    def _read_window(self, model: StreamedModel, start: int, end: int) -> None:
+        cache = model.make_cache()
+        for at in range(start, end, self.steps.chunk):
+            tokens = self.ids[at : min(at + self.steps.chunk, end)]
+            model.advance(mx.array(tokens)[None], cache)
 
 
 def read_calibration(source: Path, file: Path) -> Calibration:
-    """Everything that can be checked before the model is loaded."""
+    """Read and check a text, or JSON lines with texts and dialogues, before a model is loaded."""
     tokenizer = load_tokenizer(source)
-    text = read_text(file, "Give another file with --calibrate.")
+    text = read_text(file, Remedy.OTHER_CALIBRATION)
     ids = [token for document in _documents(file, text, tokenizer) for token in document]
     if len(ids) < LEAST_TOKENS:
         raise OptionError(
-            f"{file} has {len(ids):,} tokens, which reach too few of the experts: give a text of "
-            f"{LEAST_TOKENS:,} tokens at least, better of 100,000, with --calibrate."
+            f"{file} has {len(ids):,} tokens, which reach too few of the experts. Give a text of "
+            f"at least {LEAST_TOKENS:,} tokens; 100,000 are better.",
+            Remedy.OTHER_CALIBRATION,
         )
-    _require_streamable(source)
     return Calibration(source, hashlib.sha256(text.encode()).hexdigest(), ids)
 
 
 def _documents(file: Path, text: str, tokenizer: ChatTokenizer) -> list[list[int]]:
-    """One after the other they are cut into windows: a reading of all the experts for each short
-    dialogue would take ten times as long."""
+    """They are joined and cut into windows: reading all the experts for each short dialogue would
+    take ten times as long."""
     if file.suffix.lower() != ".jsonl":
         return [tokenizer.encode(text)]
-    return parse_lines(file, text, lambda value: _ids(value, tokenizer), INSTEAD)
+    return parse_lines(file, text, lambda value: _ids(value, tokenizer), Remedy.OTHER_CALIBRATION)
 
 
 def _ids(value: Any, tokenizer: ChatTokenizer) -> list[int]:
     if not isinstance(value, dict) or not ("text" in value or "messages" in value):
-        raise ValueError('it is no {"text": …} and no {"messages": […]}')
+        raise ValueError('it is neither {"text": …} nor {"messages": […]}')
     if isinstance(value.get("text"), str):
         return tokenizer.encode(value["text"])
     messages = value.get("messages")
-    if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
-        raise ValueError("text is no text, or messages are no list of messages")
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise ValueError("text is not a text, or messages is not a list of messages")
     tools = value.get("tools") or None
     return tokenizer.encode_chat(messages, tools=tools, add_generation_prompt=False)
 
 
-def _require_streamable(source: Path) -> None:
-    try:
-        open_skeleton(open_folder(source)).layers()
-    except NotContiguous as error:
-        raise OptionError(
-            f"The experts of {source} are not stored one by one, so that the model cannot run "
-            "before it is packed, as --calibrate wants it to. Leave out --calibrate."
-        ) from error
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str)
 
 
-def _keep(file: Path, activations: Activations, position: int) -> None:
+def _save_sums(file: Path, activations: Activations, position: int) -> None:
     arrays = {
         json.dumps([path, name]): getattr(sums, name)
         for path, sums in activations.layers.items()
@@ -175,17 +134,16 @@ def _keep(file: Path, activations: Activations, position: int) -> None:
         np.savez(out, position=position, **arrays)
 
 
-def _kept(file: Path) -> tuple[Activations, int]:
-    """What was found, and in how many tokens; nothing, where nobody can tell."""
-    activations = Activations()
-    found: dict[str, dict[str, Any]] = {}
+def _load_sums(file: Path) -> tuple[Activations, int]:
+    """The sums that were saved, and after how many tokens; none, where the file is not one."""
+    fields: dict[str, dict[str, Any]] = {}
     try:
         with file.open("rb") as opened, np.load(opened) as arrays:
             position = int(arrays["position"])
             for key in set(arrays.files) - {"position"}:
                 path, name = json.loads(key)
-                found.setdefault(path, {})[name] = arrays[key]
-        activations.layers = {path: LayerSums(**sums) for path, sums in found.items()}
+                fields.setdefault(path, {})[name] = arrays[key]
+        layers = {path: LayerSums(**sums) for path, sums in fields.items()}
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return Activations(), 0
-    return activations, position
+    return Activations(layers), position

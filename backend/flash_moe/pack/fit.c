@@ -1,19 +1,19 @@
-/* Least squares for affine codes: the scale and bias of every group that make the (weighted)
- * squared error of `scale · code + bias` least, and the codes.
+/* Least squares for affine codes: for every group, the scale and bias that minimise the (weighted)
+ * squared error of `scale · code + bias`, and the codes.
  *
- * Groups lie side by side, one in each lane; what a lane gets depends on its own group alone, so
- * it is the same wherever a range of groups is cut. The caller owns all memory and the threads.
+ * Groups lie side by side, one in each lane. A lane's result depends on its own group alone, so it
+ * is the same wherever a range of groups is cut. The caller owns all memory and the threads.
  *
- * A group is a few points (a code, and how often it occurs) where it comes as codes of up to 4
- * bits, 16 for each group of the source in it; else its values. Points are sorted into bins, and a table says which cuts of the bins
- * into levels are tried: from sums over bins, the best scale and bias of a cut are a formula.
- * Where a bin is one point and the table holds every cut that can be best (cuts.py), the best of
- * them is the global optimum. Else alternating steps go on from it: nearest codes, then the best
- * scale and bias.
+ * A group that comes as codes of up to 4 bits is a few points (a code, and how often it occurs), 16
+ * for each group of the source in it; any other group is its values. Points are sorted into bins,
+ * and a table says which cuts of the bins into levels are tried: from sums over bins, the best
+ * scale and bias of a cut are a formula. Where a bin is one point and the table holds every cut
+ * that can be best (cuts.py), the best of them is the global optimum. Otherwise alternating steps
+ * go on from it: nearest codes, then the best scale and bias.
  *
  * Sums are in double: in float, weights that differ by 1e7 would leave nothing of the light ones,
- * and the sums over a histogram would not be exact. No contraction of products and sums, please:
- * native_build compiles without.
+ * and the sums over a histogram would not be exact. Products and sums must not be contracted:
+ * native/build.py compiles without.
  */
 #include "fit_numbers.h"
 
@@ -25,7 +25,7 @@ struct fit {
     const void *source_scales, *source_biases;
     const float *importance; /* one a column, or NULL */
     const uint8_t *table;    /* [cuts, levels - 1]: the bin that each level begins with */
-    void *codes, *scales, *biases; /* what is made */
+    void *codes, *scales, *biases; /* results */
     uint64_t groups_per_row;
     uint32_t group, parts; /* groups of the source in one: 1, 2 or 4 */
     uint32_t source_bits, bits, type, bins, cuts; /* cuts: an even number */
@@ -44,7 +44,7 @@ struct line {
     lanes scale, bias;
 };
 
-/* -- what a group is made of -------------------------------------------------------------------- */
+/* -- the points of a group ---------------------------------------------------------------------- */
 
 /* A histogram as a sum of vectors with a single 1. Counters in memory wait for each other: with
  * them, gathering took 80 ns a group, not 47 (Zen 5). */
@@ -139,7 +139,7 @@ static int gather(const struct fit *f, size_t first, size_t last, struct block *
 /* The best cut of the table. r and m are sums of w and of w · x over all bins from one on, so that
  * q = Σ w·code is the sum of r over a cut's levels, and v = Σ w·x·code that of m. As the mean of x
  * is 0, the best scale is v / den with den = Σ w·code² - q², the bias -scale · q, and v² / den is
- * what they take off the variance: compared crosswise, without a division.
+ * the share of the variance that they explain: compared crosswise, without a division.
  *
  * A comparison waits for the one before it, so the halves of the table are searched side by side:
  * the fit takes 198 ns a group then, not 264, and 194 with quarters (Zen 5). */
@@ -231,15 +231,15 @@ static lanes settle(const struct fit *f, const struct block *b, struct line *s) 
 static void emit(const struct fit *f, const struct block *b, struct line s, size_t first,
                  size_t last) {
     const lanes largest = all((1 << f->bits) - 1), inverse = over(all(1), s.scale);
-    uint8_t made[LANES][MOST_POINTS], codes[MOST_POINTS];
+    uint8_t of_points[LANES][MOST_POINTS], codes[MOST_POINTS];
     for (int i = 0; i < b->points; i++) {
         const lanes c = code(b->a * b->x[i], s, inverse, largest);
-        for (int l = 0; l < LANES; l++) made[l][i] = (uint8_t)c[l];
+        for (int l = 0; l < LANES; l++) of_points[l][i] = (uint8_t)c[l];
     }
     for (size_t g = first; g < last; g++) {
         const int l = (int)(g - first), n = f->group;
         uint8_t *to = (uint8_t *)f->codes + g * n * f->bits / 8;
-        for (int i = 0; i < n; i++) codes[i] = made[l][f->parts ? b->point[l][i] : i];
+        for (int i = 0; i < n; i++) codes[i] = of_points[l][f->parts ? b->point[l][i] : i];
         if (f->bits == 2) pack(codes, to, n, 2);
         else if (f->bits == 3) pack(codes, to, n, 3);
         else pack(codes, to, n, 4);

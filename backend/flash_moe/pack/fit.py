@@ -1,7 +1,7 @@
 """The fit in C, typed: arguments are checked here, so that no call can leave its arrays.
 
-Arrays are numpy's; bfloat16 scales are given and returned as uint16. Rows are cut into pieces for
-threads, which C knows nothing of: the result is the same for any number of them.
+Arrays are numpy's; bfloat16 scales are passed and returned as uint16. Rows are cut into pieces for
+threads, of which C knows nothing: the result is the same for any number of them.
 """
 
 from __future__ import annotations
@@ -15,29 +15,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flash_moe.kernels.spec import SCALE_TYPES
+from flash_moe.format.dtypes import BY_NAME
+from flash_moe.kernels.spec import F32, SCALE_TYPES, U32
 from flash_moe.native.arguments import require, require_array
 from flash_moe.native.build import Library, build
+from flash_moe.options import PACK_BITS, PACK_GROUP_SIZES
 from flash_moe.pack.cuts import table
 
-F32 = npt.NDArray[np.float32]
-U32 = npt.NDArray[np.uint32]
 Scales = npt.NDArray[Any]
+# Packed codes uint32, scales, biases.
 Fitted = tuple[U32, Scales, Scales]
 
-BITS = (2, 3, 4)
-GROUP_SIZES = (64, 128)
 # Codes with more bits are given as values: their histogram would have more bins than points.
 SOURCE_BITS = (3, 4)
 SOURCE_GROUPS = (32, 64, 128)
-STORED = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
 MOST_THREADS = 256
-# A code of 4 bits is a bin. Of values, more bins give a better start and take longer: for 2 bits,
+# A code of 4 bits is a bin. More bins for values give a better start and take longer: for 2 bits,
 # 16, 24 and 32 end 0.2, 0.1 and 0.04 % above the optimum of Gaussian weights, at 0.33, 0.29 and
 # 0.22 GB/s of bfloat16 a core (Zen 5). The sampled tables for more bits hardly grow with them.
 CODE_BINS = 16
 VALUE_BINS = {2: 24, 3: 64, 4: 64}
-# 1 ms or so: threads end together, and the interpreter has little to do.
+# About 1 ms: threads end together, and the interpreter has little to do.
 PIECE = 4096
 
 LIBRARY = Library(
@@ -88,26 +86,21 @@ class Fit:
         importance: F32 | None = None,
         threads: int = 1,
     ) -> Fitted:
-        """Fewer bits for affine codes: packed codes uint32, scales, biases.
+        """Fewer bits for affine codes.
 
-        For 2 bits, in groups that are not larger than the source's, that is the global optimum of
-        the (weighted) squared error, up to the rounding of scale and bias to their type; a bias is
-        fitted to the scale that was rounded.
+        For 2 bits, in groups that are not larger than the source's, this is the global optimum of
+        the (weighted) squared error, up to the rounding of scale and bias to their type; the bias
+        is fitted to the rounded scale.
         """
         require(source_bits in SOURCE_BITS, f"source_bits={source_bits}: choose 3 or 4")
         known = source_group in SOURCE_GROUPS
         require(known, f"source_group={source_group} is not among {SOURCE_GROUPS}")
-        _check_choice(bits, group_size)
         require(bits < source_bits, f"bits={bits} are not fewer than source_bits={source_bits}")
-        found = [name for name, kind in STORED.items() if getattr(scales, "dtype", None) == kind]
-        require(len(found) == 1, "scales are not uint16 (bfloat16), float16 or float32")
-        kind = found[0]
-        require(scales.ndim == 2, f"scales have {scales.ndim} dimensions, not 2")
+        kind = _scale_type(scales)
         rows, columns = len(scales), scales.shape[1] * source_group
+        _require_choice(bits, group_size, columns)
         weight = require_array("weight", weight, np.uint32, (rows, columns * source_bits // 32))
-        biases = require_array("biases", biases, STORED[kind], scales.shape)
-        whole = columns % group_size == 0
-        require(whole, f"there are {columns} columns: not whole groups of group_size={group_size}")
+        biases = require_array("biases", biases, scales.dtype, scales.shape)
         # A larger group of the source is several, with the same scale.
         times = max(1, source_group // group_size)
         scales, biases = (
@@ -120,9 +113,12 @@ class Fit:
             source_biases=biases.ctypes.data,
             source_bits=source_bits,
             parts=max(1, group_size // source_group),
+            bits=bits,
+            group=group_size,
         )
-        per_row = columns // group_size
-        return self._run(job, rows, per_row, bits, group_size, kind, importance, threads)
+        # With several groups of the source in one, points are more than codes.
+        job.bins = CODE_BINS if job.parts == 1 else VALUE_BINS[bits]
+        return self._run(job, (rows, columns), kind, importance, threads)
 
     def values(
         self,
@@ -133,49 +129,46 @@ class Fit:
         scale_type: str,
         importance: F32 | None = None,
         threads: int = 1,
+        bins: int | None = None,
     ) -> Fitted:
-        """The same for weights [rows, columns]: a good fit, not always the best one."""
-        _check_choice(bits, group_size)
-        require(scale_type in STORED, f"scale_type={scale_type!r} is not among {SCALE_TYPES}")
+        """The same for weights [rows, columns]: a good fit, not always the best one. `bins` are
+        VALUE_BINS unless someone measures others."""
+        require(scale_type in SCALE_TYPES, f"scale_type={scale_type!r} is not among {SCALE_TYPES}")
         values = require_array("values", values, np.float32, (-1, -1))
-        rows, columns = values.shape
-        whole = columns % group_size == 0
-        require(
-            whole, f"values have {columns} columns: not whole groups of group_size={group_size}"
-        )
-        job = _Fit(source=values.ctypes.data, parts=0)
-        per_row = columns // group_size
-        return self._run(job, rows, per_row, bits, group_size, scale_type, importance, threads)
+        _require_choice(bits, group_size, values.shape[1])
+        job = _Fit(source=values.ctypes.data, parts=0, bits=bits, group=group_size)
+        job.bins = VALUE_BINS[bits] if bins is None else bins
+        return self._run(job, values.shape, scale_type, importance, threads)
 
     def _run(
         self,
         job: _Fit,
-        rows: int,
-        per_row: int,
-        bits: int,
-        group_size: int,
-        kind: str,
+        shape: tuple[int, ...],
+        scale_type: str,
         importance: F32 | None,
         threads: int,
     ) -> Fitted:
-        """Also keeps alive what `job` points to, but for the source."""
+        """Keeps alive what `job` points to, except the source."""
         require(1 <= threads <= MOST_THREADS, f"threads={threads}: not 1 to {MOST_THREADS}")
+        rows, columns = shape
         if importance is not None:
-            importance = require_array(
-                "importance", importance, np.float32, (per_row * group_size,)
-            )
+            importance = require_array("importance", importance, np.float32, (columns,))
             sound = bool(np.isfinite(importance).all() and (importance >= 0).all())
             require(sound, "importance has numbers that are negative or not finite")
             job.importance = importance.ctypes.data
-        job.bins = CODE_BINS if job.parts == 1 else VALUE_BINS[bits]
-        cuts = table(bits, job.bins)
-        codes = np.empty((rows, per_row * group_size * bits // 32), np.uint32)
-        scales, biases = (np.empty((rows, per_row), STORED[kind]) for _ in range(2))
+        cuts = table(job.bits, job.bins)
+        job.groups_per_row = columns // job.group
+        codes = np.empty((rows, columns * job.bits // 32), np.uint32)
+        of_groups, dtype = (rows, job.groups_per_row), BY_NAME[scale_type].numpy
+        scales, biases = np.empty(of_groups, dtype), np.empty(of_groups, dtype)
         job.table, job.cuts = cuts.ctypes.data, len(cuts)
         job.codes, job.scales, job.biases = (a.ctypes.data for a in (codes, scales, biases))
-        job.group, job.bits, job.type = group_size, bits, SCALE_TYPES.index(kind)
-        job.groups_per_row = per_row
-        pieces = [(at, min(at + PIECE, rows * per_row)) for at in range(0, rows * per_row, PIECE)]
+        job.type = SCALE_TYPES.index(scale_type)
+        self._call(job, rows * job.groups_per_row, threads)
+        return codes, scales, biases
+
+    def _call(self, job: _Fit, groups: int, threads: int) -> None:
+        pieces = [(at, min(at + PIECE, groups)) for at in range(0, groups, PIECE)]
         call = partial(self._library.flash_fit, ctypes.addressof(job))
         if threads == 1 or len(pieces) < 2:
             failed = max((call(*piece) for piece in pieces), default=0)
@@ -184,15 +177,25 @@ class Fit:
                 failed = max(pool.map(call, *zip(*pieces, strict=True)))
         if failed:
             raise NotFinite("there are weights that are not finite")
-        return codes, scales, biases
 
 
 @cache
 def load_fit(extra_flags: tuple[str, ...] = ()) -> Fit:
-    """Compiled on the first use on a machine, some seconds long. Raises NativeUnavailable."""
+    """Compiled at the first use on a machine, which takes seconds. Raises NativeUnavailable."""
     return Fit(build(LIBRARY, extra_flags))
 
 
-def _check_choice(bits: int, group_size: int) -> None:
-    require(bits in BITS, f"bits={bits} are not among {BITS}")
-    require(group_size in GROUP_SIZES, f"group_size={group_size} is not among {GROUP_SIZES}")
+def _scale_type(scales: Scales) -> str:
+    dtype = getattr(scales, "dtype", None)
+    kinds = [name for name in SCALE_TYPES if BY_NAME[name].numpy == dtype]
+    require(len(kinds) == 1, "scales are not uint16 (bfloat16), float16 or float32")
+    require(scales.ndim == 2, f"scales have {scales.ndim} dimensions, not 2")
+    return kinds[0]
+
+
+def _require_choice(bits: int, group_size: int, columns: int) -> None:
+    require(bits in PACK_BITS, f"bits={bits} are not among {PACK_BITS}")
+    known = group_size in PACK_GROUP_SIZES
+    require(known, f"group_size={group_size} is not among {PACK_GROUP_SIZES}")
+    whole = columns % group_size == 0
+    require(whole, f"{columns} columns are not whole groups of group_size={group_size}")

@@ -13,18 +13,20 @@ from flash_moe.pack.affine import extremes, nearest_codes
 WIDTHS = (0.9, 0.75, 0.6)
 PLACES = (0.0, 0.25, 0.5, 0.75, 1.0)
 STEPS = 5
-# Groups at once: 1 M weights, some 40 copies of them while they are worked on.
+# Groups at once: 1 M weights, of which there are some 40 copies in between.
 BATCH = 1 << 14
 
 
 def alternating(
     groups: mx.array, weights: mx.array | None, largest: int, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array]:
-    """Groups [n, size] in float32, weights alike or none → scale and bias of each group [n, 1]."""
+    """The scale and bias [n, 1] of each group. Groups are [n, size] in float32; `weights` of the
+    same shape, or None, say how much the error of each weight counts; `largest` is the largest
+    code."""
     parts = []
     for at in range(0, groups.shape[0], BATCH):
-        some = None if weights is None else weights[at : at + BATCH]
-        parts.append(_rounded(groups[at : at + BATCH], some, largest, dtype))
+        batch = None if weights is None else weights[at : at + BATCH]
+        parts.append(_rounded(groups[at : at + BATCH], batch, largest, dtype))
         mx.eval(parts[-1])
     scales, biases = zip(*parts, strict=True)
     return mx.concatenate(list(scales)), mx.concatenate(list(biases))
@@ -33,19 +35,24 @@ def alternating(
 def _rounded(
     groups: mx.array, weights: mx.array | None, largest: int, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array]:
-    w = mx.ones_like(groups) if weights is None else weights
-    total = w.sum(axis=-1, keepdims=True)
-    # A group without any weight is fitted as if all were equal.
-    w = mx.where(total > 0, w / mx.where(total > 0, total, 1), 1 / groups.shape[-1])
+    w = _shares(groups, weights)
     scales, biases = _fit(groups, w, mx.array(float(largest)))
     scales = scales.astype(dtype)
     codes = nearest_codes(groups, scales, biases, largest)
-    # The best bias for the scale that was rounded. About the old one: weights add up to nearly 1.
+    # The best bias for the rounded scale. About the old one: weights add up to nearly 1.
     rest = groups - scales.astype(mx.float32) * codes - biases
     biases = (biases + (w * rest).sum(axis=-1, keepdims=True)).astype(dtype)
     wide = extremes(groups, largest, dtype)
     worse = _error(groups, w, *wide, largest) < _error(groups, w, scales, biases, largest)
     return mx.where(worse, wide[0], scales), mx.where(worse, wide[1], biases)
+
+
+def _shares(groups: mx.array, weights: mx.array | None) -> mx.array:
+    """Weights that add up to 1 in each group. A group without any is fitted as if all were
+    equal."""
+    w = mx.ones_like(groups) if weights is None else weights
+    total = w.sum(axis=-1, keepdims=True)
+    return mx.where(total > 0, w / mx.where(total > 0, total, 1), 1 / groups.shape[-1])
 
 
 def _fit(groups: mx.array, w: mx.array, largest: mx.array) -> tuple[mx.array, mx.array]:
@@ -68,7 +75,7 @@ def _fit(groups: mx.array, w: mx.array, largest: mx.array) -> tuple[mx.array, mx
 
 
 def _span(groups: mx.array) -> mx.array:
-    """In its place, squares of small weights would be 0 in float32."""
+    """What weights are divided by: squares of small ones would be 0 in float32."""
     span = groups.max(axis=-1, keepdims=True) - groups.min(axis=-1, keepdims=True)
     return mx.where(span > 0, span, 1)
 
@@ -77,7 +84,7 @@ def _span(groups: mx.array) -> mx.array:
 def _step(
     x: mx.array, w: mx.array, s: mx.array, b: mx.array, largest: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """What the new scale and bias take off the variance, and both; the mean of x is 0."""
+    """How much of the variance the new scale and bias explain, and both; the mean of x is 0."""
     codes = mx.clip(mx.round((x - b) / mx.where(s == 0, 1, s)), 0, largest)
     q = (w * codes).sum(axis=-1, keepdims=True)
     v = (w * codes * x).sum(axis=-1, keepdims=True)
@@ -91,5 +98,5 @@ def _error(
     groups: mx.array, w: mx.array, scales: mx.array, biases: mx.array, largest: int
 ) -> mx.array:
     codes = nearest_codes(groups, scales, biases, largest)
-    found = scales.astype(mx.float32) * codes + biases.astype(mx.float32)
-    return (w * ((groups - found) / _span(groups)) ** 2).sum(axis=-1, keepdims=True)
+    fitted = scales.astype(mx.float32) * codes + biases.astype(mx.float32)
+    return (w * ((groups - fitted) / _span(groups)) ** 2).sum(axis=-1, keepdims=True)

@@ -1,10 +1,10 @@
-/* Numbers as fit.c needs them: vectors of doubles, the types of scales, codes in packed bytes. */
+/* The numbers of fit.c: vectors of doubles, the types of scales, codes in packed bytes. */
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-/* Of the hardware's own width: gcc 12 takes wider ones apart into scalars, 6 times as slow. */
+/* As wide as the hardware's: gcc 12 splits wider ones into scalars, 6 times as slow. */
 #if defined __AVX512F__
 enum { LANES = 8 };
 #elif defined __AVX__
@@ -27,9 +27,9 @@ static inline lanes over(lanes a, lanes b) {
     return pick(b != 0, a / pick(b != 0, b, all(1)), all(0));
 }
 static inline int any(mask m) {
-    int64_t found = 0;
-    for (int l = 0; l < LANES; l++) found |= m[l];
-    return found != 0;
+    int64_t bits = 0;
+    for (int l = 0; l < LANES; l++) bits |= m[l];
+    return bits != 0;
 }
 
 /* -- types of scales ---------------------------------------------------------------------------- */
@@ -67,7 +67,7 @@ static double get(const void *from, size_t i, uint32_t type) {
     return f;
 }
 
-/* Of a number that the type has. */
+/* For numbers that the type has. */
 static void put(void *to, size_t i, uint32_t type, double v) {
     const float f = (float)v;
     uint32_t u;

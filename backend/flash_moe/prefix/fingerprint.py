@@ -1,7 +1,7 @@
-"""Whose states these are: all that changes a model's logits, in one hash.
+"""One hash over everything that changes a model's logits: it says whose states these are.
 
-A state that was kept by other weights, another K, runtime, version or machine is not wrong by much,
-but it is not the one that this process would compute; so it is never found.
+A state saved with other weights, another K, runtime, version or machine would be close, but not
+equal to the one that this process computes, so it is never used.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from flash_moe.kernels import shaders
 from flash_moe.machine import inspect_machine
 from flash_moe.model.load import StreamedModel
 
-# Of every weight file: times and sizes are all alike where files come from an image or an archive,
-# but a model that was trained further has other bytes everywhere.
+# Bytes hashed at each end of a weight file. Times and sizes alone are not enough: files from an
+# image or archive may share them, but further training changes bytes everywhere.
 SAMPLE = 1 << 16
 CODE = (".py", ".c", ".h", ".metal")
 
@@ -36,8 +36,8 @@ def fingerprint(model: StreamedModel) -> str:
     return digest.hexdigest()
 
 
-def described(model: StreamedModel) -> dict[str, Any]:
-    """The same for people."""
+def describe(model: StreamedModel) -> dict[str, Any]:
+    """The same model, for people."""
     return {
         "path": str(model.path),
         "experts_per_token": model.plan.experts_per_token,
@@ -48,9 +48,9 @@ def described(model: StreamedModel) -> dict[str, Any]:
 
 def _model(model: StreamedModel) -> list[str]:
     plan, runtime = model.plan, model.runtime
-    found = [
+    parts = [
         str(plan.experts_per_token),
-        str(plan.choice),
+        str(model.choice),
         plan.bits,
         runtime.name,
         runtime.why,
@@ -58,12 +58,12 @@ def _model(model: StreamedModel) -> list[str]:
     ]
     for name in ("config.json", MANIFEST):
         path = model.path / name
-        found.append(hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "none")
+        parts.append(hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "none")
     for path in sorted(model.path.iterdir()):
         if path.suffix in (".safetensors", ".experts"):
-            about = path.stat()
-            found += [path.name, str(about.st_size), str(about.st_mtime_ns), _sample(path)]
-    return found
+            status = path.stat()
+            parts += [path.name, str(status.st_size), str(status.st_mtime_ns), _sample(path)]
+    return parts
 
 
 def _sample(path: Path) -> str:
@@ -74,7 +74,7 @@ def _sample(path: Path) -> str:
 
 
 def _machine() -> list[str]:
-    """Libraries choose their arithmetic by processor."""
+    """Libraries choose their arithmetic to suit the processor."""
     return [platform.system(), platform.machine(), inspect_machine().cpu, str(mx.default_device())]
 
 
@@ -85,7 +85,7 @@ def _environment() -> list[str]:
 
 
 def _code() -> list[Path]:
-    """Our own: a checkout changes without a new version."""
-    places = {Path(flash_moe.__file__).parent, shaders.folder()}
-    found = {path for place in places for path in place.rglob("*") if path.suffix in CODE}
-    return sorted(found)
+    """Our own source: a checkout changes without a new version number."""
+    folders = {Path(flash_moe.__file__).parent, shaders.folder()}
+    files = {path for folder in folders for path in folder.rglob("*") if path.suffix in CODE}
+    return sorted(files)

@@ -1,7 +1,7 @@
-"""The folder of kept prompts: which files are ours, how many bytes they take, which go first.
+"""The folder of saved prompts: which files in it are ours, how large they are, which go first.
 
-A file's time of modification is when it was last used. Other processes may add and remove files
-at any moment, so a file that is gone is never an error. Needs no MLX.
+A file's time of modification is the time of its last use. Other processes may add and remove files
+at any moment, so a missing file is never an error. Needs no MLX.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from flash_moe.format.sealed import read_metadata
 
-# Part of every name: a version that reads others' files differently never opens them.
+# Part of every name: a version that reads files differently never opens the others'.
 VERSION = 1
 ABANDONED_SECONDS = 60
 _NAME = re.compile(r"v(\d+)-[0-9a-f]{40}\.safetensors")
@@ -27,8 +27,8 @@ _TEMPORARY = re.compile(r"\.v\d+-[0-9a-f]{40}\.safetensors\.\d+\.tmp")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A kept prompt. `model` says whose: path, K, bits, runtime; empty if the file does not."""
+class SavedPrompt:
+    """`model` says whose state it is (path, K, bits, runtime); empty if the file does not say."""
 
     path: Path
     nbytes: int
@@ -37,31 +37,62 @@ class Entry:
     model: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class ModelPrompts:
+    """The saved prompts of one model with one K, bits and runtime; no other model can use them.
+    `tokens` is the length of the longest, `last_use` that of the most recent."""
+
+    model: dict[str, Any]
+    prompts: int
+    tokens: int
+    nbytes: int
+    last_use: float
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFolder:
+    path: Path
+
+    def prompts(self) -> list[SavedPrompt]:
+        """The most recently used first. Reads only the first few kilobytes of each file."""
+        prompts = []
+        for file in _files(self.path):
+            with suppress(OSError, ValueError, TypeError, RecursionError):
+                metadata = read_metadata(file.path)
+                tokens = int(metadata.get("tokens", 0))
+                model = dict(json.loads(metadata.get("model", "{}")))
+                prompts.append(SavedPrompt(file.path, file.nbytes, file.last_use, tokens, model))
+        return sorted(prompts, key=lambda prompt: -prompt.last_use)
+
+    def by_model(self) -> list[ModelPrompts]:
+        """The most recently used model first."""
+        groups: dict[str, list[SavedPrompt]] = {}
+        for prompt in self.prompts():
+            groups.setdefault(json.dumps(prompt.model, sort_keys=True), []).append(prompt)
+        return [
+            ModelPrompts(
+                group[0].model,
+                len(group),
+                max(prompt.tokens for prompt in group),
+                sum(prompt.nbytes for prompt in group),
+                group[0].last_use,
+            )
+            for group in groups.values()
+        ]
+
+    def clear(self) -> int:
+        """Remove our files and no others; returns the bytes freed. OSError if that is forbidden."""
+        freed = 0
+        for path in [*_temporaries(self.path), *(file.path for file in _files(self.path))]:
+            with suppress(FileNotFoundError):
+                size = path.stat().st_size
+                path.unlink()
+                freed += size
+        return freed
+
+
 def file_name(key: str) -> str:
     return f"v{VERSION}-{key}.safetensors"
-
-
-def entries(folder: Path) -> list[Entry]:
-    """What is kept, the last used first, from the files' first few kilobytes."""
-    found = []
-    for entry in _entries(folder):
-        with suppress(OSError, ValueError, TypeError, RecursionError):
-            metadata = read_metadata(entry.path)
-            model = json.loads(metadata.get("model", "{}"))
-            tokens = int(metadata.get("tokens", 0))
-            found.append(Entry(entry.path, entry.nbytes, entry.last_use, tokens, dict(model)))
-    return sorted(found, key=lambda entry: -entry.last_use)
-
-
-def clear(folder: Path) -> int:
-    """Remove what is ours and nothing else; how many bytes that freed. OSError if it may not."""
-    freed = 0
-    for path in [*_temporaries(folder), *(entry.path for entry in _entries(folder))]:
-        with suppress(FileNotFoundError):
-            size = path.stat().st_size
-            path.unlink()
-            freed += size
-    return freed
 
 
 def make_room(folder: Path, limit: int) -> None:
@@ -69,27 +100,28 @@ def make_room(folder: Path, limit: int) -> None:
     for path in _temporaries(folder):
         if _is_abandoned(path):
             path.unlink(missing_ok=True)
-    kept = []
-    for entry in _entries(folder):
-        if _version(entry.path) < VERSION:
-            entry.path.unlink(missing_ok=True)
+    current = []
+    for file in _files(folder):
+        if _version(file.path) < VERSION:
+            file.path.unlink(missing_ok=True)
         else:
-            kept.append(entry)
-    total = sum(entry.nbytes for entry in kept)
-    for entry in sorted(kept, key=lambda entry: entry.last_use):
+            current.append(file)
+    total = sum(file.nbytes for file in current)
+    for file in sorted(current, key=lambda file: file.last_use):
         if total <= limit:
             return
-        entry.path.unlink(missing_ok=True)
-        total -= entry.nbytes
+        file.path.unlink(missing_ok=True)
+        total -= file.nbytes
 
 
-def _entries(folder: Path) -> Iterator[Entry]:
+def _files(folder: Path) -> Iterator[SavedPrompt]:
+    """Our files, not opened."""
     with suppress(FileNotFoundError, NotADirectoryError):
         for path in folder.iterdir():
             if _NAME.fullmatch(path.name):
                 with suppress(FileNotFoundError):
-                    found = path.stat()
-                    yield Entry(path, found.st_size, found.st_mtime)
+                    status = path.stat()
+                    yield SavedPrompt(path, status.st_size, status.st_mtime)
 
 
 def _temporaries(folder: Path) -> list[Path]:
@@ -104,8 +136,8 @@ def _version(path: Path) -> int:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Who writes a file holds its lock, and loses it when it dies. A new file has none yet for a
-    moment: two processes that wrote at once met in that moment once in ten runs."""
+    """A process that writes a file holds its lock, and loses it when it dies. A new file is not
+    locked yet for a moment: two processes that wrote at once hit that moment once in ten runs."""
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError:

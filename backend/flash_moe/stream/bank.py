@@ -1,7 +1,7 @@
 """The bank: the memory that experts are read into and computed from.
 
 Two aligned allocations, the lanes, of equal slots. While one lane computes, the other is
-filled. The bank is a working set, not a cache: what a slot holds is forgotten at the next turn.
+filled. The bank is a working set, not a cache: what a slot holds is lost at the next turn.
 
 The bank owns its fence. MLX is lazy, so an array computed from a slot may not have been computed
 yet when the slot is written again; relying on call order gave silently wrong logits (the last
@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cache
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from flash_moe.arrays import address_of, mlx_dtype, raw_bytes
 from flash_moe.errors import OptionError
-from flash_moe.format.layout import DTYPE_BYTES, RECORD_ALIGNMENT, Layout
+from flash_moe.format.dtypes import BY_NAME
+from flash_moe.format.layout import RECORD_ALIGNMENT, Layout
 
 # MLX shapes are 32-bit, and a lane is one array of bytes.
 MAX_LANE_BYTES = 2**31
@@ -75,7 +75,7 @@ class Lane:
 
     @property
     def address(self) -> int:
-        return int(np.array(self.memory, copy=False).ctypes.data)
+        return address_of(self.memory)
 
     def fence(self, output: mx.array) -> None:
         """Declare what is computed from this lane; its slots stay untouched until it is."""
@@ -91,8 +91,8 @@ class Lane:
             mx.eval(output)
 
     def _view(self, dtype: str, shape: tuple[int, ...], offset: int) -> mx.array:
-        size = DTYPE_BYTES[dtype]
-        typed = self.memory.view(getattr(mx, dtype))
+        size = BY_NAME[dtype].nbytes
+        typed = self.memory.view(mlx_dtype(dtype))
         inner = np.cumprod([1, *shape[:0:-1]])[::-1].tolist() if shape else []
         return mx.as_strided(
             typed, (self.slots, *shape), (self.stride // size, *inner), offset // size
@@ -104,7 +104,7 @@ class Bank:
 
     def __init__(self, slots: int, stride: int) -> None:
         if slots < 2 or slots % 2:
-            raise OptionError(f"A bank of {slots} slots: choose an even number from 2.")
+            raise OptionError(f"A bank of {slots} slots: choose an even number, 2 or more.")
         if stride <= 0 or stride % RECORD_ALIGNMENT:
             raise OptionError(f"A slot of {stride} bytes is not a multiple of {RECORD_ALIGNMENT}.")
         if slots // 2 * stride >= MAX_LANE_BYTES:
@@ -158,17 +158,10 @@ class Bank:
             assert (lane.state is State.IN_USE) == (lane._output is not None), lane
 
 
-@cache
 def _copies_to_device() -> bool:
     """MLX's CUDA gather_qmm takes contiguous weights only (0.32.4: "No implementation for problem
     shape"), and a discrete GPU reads them faster from its own memory than over the bus."""
     return bool(mx.default_device() == mx.gpu) and not mx.metal.is_available()
-
-
-def raw_bytes(array: mx.array) -> memoryview:
-    """The array's own memory, writable. Not every version's stubs know that it can be viewed."""
-    exported: Any = array
-    return memoryview(exported)
 
 
 def _lane(slots: int, stride: int) -> Lane:
@@ -181,7 +174,7 @@ def _aligned(nbytes: int) -> mx.array:
     """MLX memory that starts on a record boundary (its CPU allocations are 8 mod 16)."""
     raw = mx.zeros((nbytes + RECORD_ALIGNMENT,), dtype=mx.uint8)
     mx.eval(raw)
-    start = -np.array(raw, copy=False).ctypes.data % RECORD_ALIGNMENT
+    start = -address_of(raw) % RECORD_ALIGNMENT
     memory = raw[start : start + nbytes]
     mx.eval(memory)
     return memory

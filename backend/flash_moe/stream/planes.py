@@ -1,10 +1,7 @@
-"""Experts of 4 bits in two planes: which pairs are computed from both, and plain MLX's way to it.
+"""Experts of 4 bits in two planes: which pairs are computed in full, and plain MLX's way to it.
 
 A code is `4 * high + low`. The first plane is the high halves, with a scale and bias of their own;
 it is a matrix of 2 bits like any other. Both together are the words of 4 bits that mlx-lm has.
-
-A pair is one token and one of the experts that it chose. A pair's slot is its expert's, with WHOLE
-set where it is to be computed from both planes; so one read can serve pairs of either kind.
 """
 
 from __future__ import annotations
@@ -15,75 +12,70 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
 
-from flash_moe.format.layout import CODES, PLANE_BITS, RESTS, Layout
-from flash_moe.kernels.backends import inverse
-from flash_moe.kernels.gpu import U32
-from flash_moe.kernels.spec import WHOLE
+from flash_moe.format.layout import AFFINE, PLANE_BITS, SECOND_PLANE, Layout
+from flash_moe.kernels.spec import FULL, SLOT_MASK, U32, inverse
+from flash_moe.stream.precision import Flags
 
 Arrays = Mapping[str, mx.array]
-Flags = npt.NDArray[np.bool_]
-
-PLACE = np.uint32(WHOLE - 1)
 
 
-def marked(slots: U32, whole: Flags | bool) -> U32:
-    return np.where(whole, slots | np.uint32(WHOLE), slots)
+def mark_full(slots: U32, full: Flags | bool) -> U32:
+    return np.where(full, slots | np.uint32(FULL), slots)
 
 
-def by_expert(slots: U32) -> U32:
-    """Keys that bring the pairs of an expert together, and of those, the ones of a kind."""
+def sort_key(slots: U32) -> U32:
+    """Brings the pairs of an expert together, and among them those that are computed in full."""
     return slots << np.uint32(1) | slots >> np.uint32(31)
 
 
-def wanted_whole(slots: U32, experts: int) -> list[bool]:
-    """Which experts have a pair that needs both planes."""
-    found = np.zeros(experts, np.bool_)
-    found[slots[slots >= WHOLE] & PLACE] = True
-    return found.tolist()
+def experts_in_full(slots: U32, experts: int) -> list[bool]:
+    """Which experts have a pair that is computed in full, so that both planes must be read."""
+    flags = np.zeros(experts, np.bool_)
+    flags[slots[slots >= FULL] & SLOT_MASK] = True
+    return flags.tolist()
 
 
-def compute(inner: nn.Module, layout: Layout, arrays: Arrays, x: mx.array, slots: U32) -> mx.array:
-    """`inner(x, slots)`, every pair from the planes that it wants. Rows are computed each on its
-    own, so that apart they are to the bit what they are together."""
-    whole, places = slots >= WHOLE, slots & PLACE
-    if whole.all() or not whole.any():
-        return _of_one_kind(inner, layout, arrays, x, places, bool(whole.any()))
+def compute(switch: nn.Module, layout: Layout, arrays: Arrays, x: mx.array, slots: U32) -> mx.array:
+    """`switch(x, slots)`, every pair from the planes that it is marked for. Each row is computed on
+    its own, so that rows are to the bit what they would be together."""
+    full, places = slots >= FULL, slots & SLOT_MASK
+    if full.all() or not full.any():
+        return _compute_alike(switch, layout, arrays, x, places, bool(full.any()))
     x = mx.broadcast_to(x, (*slots.shape[:-1], x.shape[-1])).reshape(-1, x.shape[-1])
     order, rows = [], []
     for kind in (True, False):
-        pairs = np.flatnonzero(whole == kind)
+        pairs = np.flatnonzero(full == kind)
         tokens, of = pairs // slots.shape[-1], places.reshape(-1, 1)[pairs]
-        rows.append(_of_one_kind(inner, layout, arrays, x[mx.array(tokens)], of, kind))
+        rows.append(_compute_alike(switch, layout, arrays, x[mx.array(tokens)], of, kind))
         order.append(pairs)
     output = mx.concatenate(rows).squeeze(-2)[mx.array(inverse(np.concatenate(order)))]
     return output.reshape(*slots.shape, output.shape[-1])
 
 
-def _of_one_kind(
-    inner: nn.Module, layout: Layout, arrays: Arrays, x: mx.array, places: U32, whole: bool
+def _compute_alike(
+    switch: nn.Module, layout: Layout, arrays: Arrays, x: mx.array, places: U32, full: bool
 ) -> mx.array:
-    _bind(inner, layout, arrays, whole)
-    output: mx.array = inner(x, mx.array(places))
-    # Not to keep joined words for as long as the layer lives: they are no views of the bank.
-    if whole:
-        _bind(inner, layout, arrays, whole=False)
+    _bind(switch, layout, arrays, full)
+    output: mx.array = switch(x, mx.array(places))
+    # Joined words are no views of the bank: drop them now, not when the layer goes.
+    if full:
+        _bind(switch, layout, arrays, full=False)
     return output
 
 
-def _bind(inner: nn.Module, layout: Layout, arrays: Arrays, whole: bool) -> None:
+def _bind(switch: nn.Module, layout: Layout, arrays: Arrays, full: bool) -> None:
     """Let mlx-lm's module read a lane as matrices of 2 bits, or of 4."""
     for part in layout.parts:
-        if part.param not in RESTS:
-            inner[part.projection][part.param] = arrays[part.name]
+        if not part.in_second_plane:
+            switch[part.projection][part.param] = arrays[part.name]
     for name, _ in layout.quantization:
-        inner[name].bits = PLANE_BITS * (2 if whole else 1)
-        if whole:
-            rest = [arrays[f"{name}.{param}"] for param in RESTS]
-            rest[0] = join(arrays[f"{name}.weight"], rest[0])
-            for param, array in zip(CODES, rest, strict=True):
-                inner[name][param] = array
+        switch[name].bits = PLANE_BITS * (2 if full else 1)
+        if full:
+            second = [arrays[f"{name}.{param}"] for param in SECOND_PLANE]
+            second[0] = join(arrays[f"{name}.weight"], second[0])
+            for param, array in zip(AFFINE, second, strict=True):
+                switch[name][param] = array
 
 
 def join(high: mx.array, low: mx.array) -> mx.array:

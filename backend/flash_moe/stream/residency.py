@@ -22,14 +22,15 @@ PROBES = 4
 
 @dataclass(slots=True)
 class Residency:
-    """Maps the store's files, which reads nothing. Where the system tells an owner alone (Linux),
-    a file of somebody else's counts as cached."""
+    """Maps the store's files, which reads nothing. Linux answers only the owner of a file: one that
+    belongs to another user counts as cached."""
 
     store: ExpertStore
     _maps: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
 
-    def cached(self, layer: int, expert: int, whole: bool = True) -> bool:
-        return all(self._in_memory(s) for s in self.store.segments(layer, expert, whole))
+    def cached(self, layer: int, expert: int, full: bool = True) -> bool:
+        """Whether what would be read of an expert is there."""
+        return all(self._in_memory(s) for s in self.store.segments(layer, expert, full))
 
     def _in_memory(self, segment: Segment) -> bool:
         mapped = self._mapped(segment.fd)

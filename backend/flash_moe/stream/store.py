@@ -1,29 +1,23 @@
-"""Where every expert's bytes are: (layer, expert) → segments of files. Knows no arrays.
-
-Two forms answer the same question. In a pack an expert is one aligned segment; in a checkpoint
-as downloaded it is a few, because gate, up, down and their scales are separate tensors. The
-reader does not care which. The store owns the open files and closes them.
-"""
+"""The open files of the experts: layer and experts → the pieces to read. Knows no arrays."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from flash_moe.errors import OptionError, ReadFailed
-from flash_moe.format.layout import RECORD_ALIGNMENT, Layout
-
-# buffered: through the OS page cache, which then serves the experts that are asked for often.
-# direct: past it (O_DIRECT, F_NOCACHE), for measuring the disk and for memory-starved machines.
-Mode = Literal["buffered", "direct"]
+from flash_moe.checkpoint.locations import ExpertLayer
+from flash_moe.errors import OptionError, ReadFailed, Remedy
+from flash_moe.format.layout import RECORD_ALIGNMENT
+from flash_moe.options import ReadMode
 
 
 class Segment(NamedTuple):
-    """`length` bytes of an open file that belong `at` bytes into the expert's slot."""
+    """`length` bytes of an open file that belong `at` bytes into an expert's slot."""
 
     fd: int
     offset: int
@@ -31,66 +25,57 @@ class Segment(NamedTuple):
     at: int
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One or more parts of all experts of a layer that lie together: expert e of it starts at
-    `offsets[e]`, or at `base + e * step` when they are evenly spaced. `rest` is the second of two
-    planes: read only with experts that are wanted whole."""
-
-    file: Path
-    base: int
-    step: int
-    length: int
-    at: int
-    offsets: tuple[int, ...] = ()
-    files: tuple[Path, ...] = ()
-    rest: bool = False
-
-    def where(self, expert: int) -> tuple[Path, int]:
-        if self.offsets:
-            return self.files[expert], self.offsets[expert]
-        return self.file, self.base + expert * self.step
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertLayer:
-    """The routed experts of one switch layer of the model."""
-
-    path: str
-    experts: int
-    layout: Layout
-    runs: tuple[Run, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.experts * self.layout.nbytes
+# A segment, and memory as long as it is.
+Target = tuple[Segment, memoryview]
+EVERY = repeat(True)
 
 
 @dataclass(slots=True)
 class ExpertStore:
+    """`mode` buffered reads through the page cache, which then serves the experts that are used
+    often; direct goes past it (O_DIRECT, F_NOCACHE), to measure a disk or to spare memory."""
+
     layers: Sequence[ExpertLayer]
-    mode: Mode = "buffered"
+    mode: ReadMode = "buffered"
     _files: dict[Path, int] = field(default_factory=dict)
 
-    def segments(self, layer: int, expert: int, whole: bool = True) -> list[Segment]:
-        """What to read for one expert, or for its first plane; neighbours on disk and in the slot
-        joined."""
-        found: list[Segment] = []
-        for run in self.layers[layer].runs:
-            if run.rest and not whole:
-                continue
-            path, offset = run.where(expert)
-            fd = self._files.get(path)
-            segment = Segment(self._open(path) if fd is None else fd, offset, run.length, run.at)
-            if found and _touch(found[-1], segment):
-                last = found[-1]
-                segment = last._replace(length=last.length + segment.length)
-                found.pop()
-            found.append(segment)
-        return found
+    def targets(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        buffers: Sequence[memoryview],
+        full: Iterable[bool] = EVERY,
+    ) -> list[Target]:
+        """What to read for experts, in full or for their first planes alone; each has a buffer."""
+        return [
+            (segment, buffer[segment.at : segment.at + segment.length])
+            for expert, buffer, both in zip(experts, buffers, full, strict=False)
+            for segment in self.segments(layer, expert, both)
+        ]
 
-    def path_of(self, fd: int) -> str:
-        return next((str(path) for path, known in self._files.items() if known == fd), f"fd {fd}")
+    def segments(self, layer: int, expert: int, full: bool = True) -> list[Segment]:
+        """What to read for one expert; pieces that are neighbours both on disk and in the slot are
+        joined."""
+        segments: list[Segment] = []
+        for run in self.layers[layer].runs:
+            if run.second_plane and not full:
+                continue
+            if run.offsets:
+                path, offset = run.files[expert], run.offsets[expert]
+            else:
+                path, offset = run.file, run.base + expert * run.step
+            fd = self._files.get(path)
+            if fd is None:
+                fd = self._open(path)
+            at, length = run.at, run.length
+            if segments:
+                last = segments[-1]
+                ends = (last.fd, last.offset + last.length, last.at + last.length)
+                if ends == (fd, offset, at):
+                    _, offset, before, at = segments.pop()
+                    length += before
+            segments.append(Segment(fd, offset, length, at))
+        return segments
 
     def close(self) -> None:
         for fd in self._files.values():
@@ -106,8 +91,8 @@ class ExpertStore:
             fd = os.open(path, flags)
         except OSError as error:
             raise ReadFailed(
-                f"Cannot open {path}: {error.strerror}. If the model was moved or removed, "
-                "add it again: llm flash-moe add PATH"
+                f"Cannot open {path}: {error.strerror}. The model may have been moved or removed.",
+                Remedy.ADD_AGAIN,
             ) from error
         if self.mode == "direct" and hasattr(fcntl, "F_NOCACHE"):
             fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
@@ -120,23 +105,8 @@ class ExpertStore:
                 places = (*run.offsets, run.base, run.step, run.length, run.at)
                 if any(n % RECORD_ALIGNMENT for n in places):
                     raise OptionError(
-                        "Direct I/O needs aligned records, which a checkpoint used in place does "
-                        "not have. Pack it (llm flash-moe pack), or read through the page cache."
+                        "mode=direct needs aligned records, which a checkpoint used in place does "
+                        "not have. Pack the checkpoint, or choose mode=buffered.",
+                        Remedy.PACK,
+                        run.file.parent,
                     )
-
-
-def _touch(left: Segment, right: Segment) -> bool:
-    return (
-        left.fd == right.fd
-        and left.offset + left.length == right.offset
-        and left.at + left.length == right.at
-    )
-
-
-def packed_layer(path: str, experts: int, layout: Layout, file: Path) -> ExpertLayer:
-    """A layer of a pack: a run a plane, whole strides, so that direct I/O may read it."""
-    stride, first = layout.stride, layout.first_bytes
-    runs = [Run(file, 0, stride, first, 0)]
-    if layout.planes:
-        runs.append(Run(file, first, stride, stride - first, first, rest=True))
-    return ExpertLayer(path, experts, layout, tuple(runs))

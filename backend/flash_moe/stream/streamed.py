@@ -1,39 +1,46 @@
-"""The streamed experts: a module that stands where mlx-lm's SwitchGLU or SwitchMLP stood.
+"""The streamed experts: what stands where mlx-lm's SwitchGLU or SwitchMLP stood.
 
-Without kernels it keeps mlx-lm's own module and calls it, with the bank's slots in the place of
-the stacked weights and slot numbers in the place of expert numbers. So the activation, the biases,
-the sort of large batches and every quantization mode are mlx-lm's code, and the result is the same
-(on a CPU to the bit); only the expert axis is shorter. With kernels, the layers that they cover are
-theirs.
+Without kernels it calls mlx-lm's own module, with the bank's slots in the place of the stacked
+weights and slot numbers in the place of expert numbers. So the activation, the biases, the sort of
+large batches and every quantization mode are mlx-lm's code, and the result is the same (on a CPU to
+the bit); only the expert axis is shorter. Layers that our kernels cover are computed by those.
 
-Of a pack in two planes, `whole` says for every pair of a token and an expert whether it is computed
-from both or from the first alone; of any other, it says nothing. An expert is read whole if one of
-its pairs needs it.
+Of a pack in two planes every pair of a token and an expert is computed in full or from the first
+plane alone (precision.py). An expert is read in full if one of its pairs needs it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from itertools import repeat
-from types import MappingProxyType
+from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from flash_moe.format.layout import Layout
-from flash_moe.kernels.backends import Kernels, inverse
-from flash_moe.kernels.coverage import expert_spec
-from flash_moe.kernels.gpu import U32, Extras
-from flash_moe.kernels.spec import ExpertSpec
+from flash_moe.kernels.coverage import expert_spec, why_unsupported
+from flash_moe.kernels.interface import Kernels, Shared
+from flash_moe.kernels.spec import SLOT_MASK, U32, ExpertSpec, inverse
+from flash_moe.options import Phase
 from flash_moe.stream import planes
 from flash_moe.stream.bank import Bank, Lane
-from flash_moe.stream.choice import Occasion, Whole
-from flash_moe.stream.planes import PLACE, by_expert
-from flash_moe.stream.reader import Reader, Target
-from flash_moe.stream.store import ExpertStore
+from flash_moe.stream.precision import Flags, Precision
+from flash_moe.stream.reader import Reader
+from flash_moe.stream.store import EVERY, ExpertStore
+
+# Hears of the experts that a layer's router chose, for every token and rank.
+RoutingObserver = Callable[[int, U32], None]
+
+
+class Recorder(Protocol):
+    """Computes in the place of all layers, for those who measure what goes on inside."""
+
+    def __call__(
+        self, layer: StreamedLayer, experts: list[int], x: mx.array, slots: mx.array
+    ) -> mx.array:
+        """What `layer.switch(x, slots)` gives, whose weights are those of `experts`."""
 
 
 @dataclass(slots=True)
@@ -44,25 +51,13 @@ class Streamer:
     reader: Reader
     bank: Bank
     kernels: Kernels | None = None
+    precision: Precision = Precision()
+    # What is being computed: precision and the choice of experts depend on it.
+    phase: Phase = "prompt"
+    observer: RoutingObserver | None = None
+    recorder: Recorder | None = None
     # Seconds spent waiting for the router's choice, which includes all computing before it.
     readback_seconds: float = 0.0
-    # Seconds spent waiting for a lane's last output, which is computing too.
-    fence_seconds: float = 0.0
-    # Experts asked for in one layer of one call, at most: what a bigger bank would serve at once.
-    widest: int = field(default=0)
-    # What is being computed: some choices of experts depend on it.
-    occasion: Occasion = "prompt"
-    # Told of the experts that every layer's router chose, while somebody counts them.
-    watch: Callable[[int, U32], None] | None = None
-    # Computes in the place of mlx-lm's module, while somebody measures what goes on inside of it.
-    record: Callable[[int, list[int], nn.Module, mx.array, mx.array], mx.array] | None = None
-    # What pairs are computed from where nobody says it: both planes, or the first; and when both.
-    whole: bool = True
-    whole_in: tuple[Occasion, ...] = ()
-
-    @property
-    def all_whole(self) -> bool:
-        return self.whole or self.occasion in self.whole_in
 
     def read_back(self, indices: mx.array) -> U32:
         """The experts that a router chose: the one thing a layer needs on the host."""
@@ -71,57 +66,37 @@ class Streamer:
         self.readback_seconds += time.perf_counter() - start
         return chosen
 
-    def load(self, layer: int, experts: list[int], whole: Iterable[bool] = repeat(True)) -> Lane:
-        """Read experts of a layer, or their first planes, into the next lane; expert `experts[i]`
-        is in slot i."""
-        start = time.perf_counter()
+    def load(self, layer: int, experts: list[int], full: Iterable[bool] = EVERY) -> Lane:
+        """Read experts of a layer, in full or their first planes, into the next lane; expert
+        `experts[i]` is in slot i."""
         lane = self.bank.take(experts)
-        self.fence_seconds += time.perf_counter() - start
-        targets: list[Target] = []
-        for expert, buffer, both in zip(experts, lane.buffers, whole, strict=False):
-            for segment in self.store.segments(layer, expert, both):
-                targets.append((segment, buffer[segment.at : segment.at + segment.length]))
-        self.reader.read(targets)
+        self.reader.read(self.store.targets(layer, experts, lane.buffers, full))
         self.reader.counters.experts += len(experts)
         return lane
 
 
-class StreamedSwitch(nn.Module):
-    """`(x [..., H], indices [..., k]) → [..., k, H]`, the experts read from disk."""
+class StreamedLayer:
+    """The experts of one layer. `switch` is mlx-lm's module, whose projections read from a lane
+    of the bank; `spec` is None where no kernel computes the layer."""
 
-    def __init__(
-        self,
-        streamer: Streamer,
-        layer: int,
-        inner: nn.Module,
-        companions: Mapping[str, nn.Module] = MappingProxyType({}),
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        # Around nn.Module's own attributes: the inner module's arrays are the bank's memory, and
-        # must show up neither as parameters nor as layers to quantize.
-        object.__setattr__(self, "_streamer", streamer)
-        object.__setattr__(self, "_inner", inner)
-        object.__setattr__(self, "_layer", layer)
-        layout = streamer.store.layers[layer].layout
-        object.__setattr__(self, "_layout", layout)
-        object.__setattr__(self, "_spec", covered_spec(streamer, layout, inner))
-        # What the model looks for beside the experts, resident and under its own name.
-        for name, module in companions.items():
-            self[name] = module
+    __slots__ = ("_lane_slots", "_two_planes", "layout", "number", "spec", "streamer", "switch")
 
-    @property
-    def layer(self) -> int:
-        return int(self._layer)
+    def __init__(self, streamer: Streamer, number: int, switch: nn.Module) -> None:
+        self.streamer = streamer
+        self.number = number
+        self.switch = switch
+        self.layout = streamer.store.layers[number].layout
+        self._two_planes = self.layout.two_planes
+        self._lane_slots = streamer.bank.lane_slots
+        self.spec: ExpertSpec | None = None
+        if streamer.kernels is not None and why_unsupported(switch, self.layout) is None:
+            self.spec = expert_spec(self.layout, streamer.bank.stride)
 
-    @property
-    def fused(self) -> bool:
-        """Whether kernels compute this layer, rather than MLX's operations."""
-        return self._spec is not None
-
-    def __call__(self, x: mx.array, indices: mx.array, whole: Whole = None) -> mx.array:
-        chosen = self._streamer.read_back(indices)
-        experts, slots = self._slots(chosen, whole)
-        if not self.fused and self._fit(experts):
+    def experts(self, x: mx.array, indices: mx.array, full: Flags | None = None) -> mx.array:
+        """expert_{indices[…, k]}(x[…]) for every pair, [..., k, hidden]."""
+        chosen = self.streamer.read_back(indices)
+        experts, slots = self._slots(chosen, full)
+        if self.spec is None and self._fit(experts):
             return self._compute(experts, x, slots.reshape(chosen.shape))
         # One row a token, where x has one.
         x = mx.broadcast_to(x, (*chosen.shape[:-1], x.shape[-1])).reshape(-1, x.shape[-1])
@@ -137,72 +112,76 @@ class StreamedSwitch(nn.Module):
         x: mx.array,
         chosen: U32,
         weights: mx.array,
-        extras: Extras,
-        whole: Whole = None,
+        shared: Shared,
+        full: Flags | None = None,
     ) -> mx.array:
-        """The weighted sum of the experts chosen for x [tokens, hidden], and extras: by kernels."""
-        kernels: Kernels = self._streamer.kernels
-        experts, slots = self._slots(chosen, whole)
-        if not self._fit(experts) or kernels.prefers_mlx(len(slots), len(experts)):
+        """The weighted sum of the experts chosen for x [tokens, hidden], and the shared expert:
+        by kernels, which must cover the layer."""
+        kernels = self.streamer.kernels
+        assert kernels is not None
+        assert self.spec is not None
+        experts, slots = self._slots(chosen, full)
+        if not self._fit(experts) or not self._by_kernels(len(slots), len(experts)):
             rows, place = self._in_groups(x, experts, slots)
-            return kernels.combine(rows, place, weights, extras, x.dtype)
+            return kernels.combine(rows, place, weights, shared, x.dtype)
         lane = self._load(experts, slots)
-        local = slots.reshape(chosen.shape)
-        output = kernels.mixture(lane, self._spec, x, local, weights, extras)
+        output = kernels.mixture(lane, self.spec, x, slots.reshape(chosen.shape), weights, shared)
         lane.fence(output)
         return output
 
     def _fit(self, experts: list[int]) -> bool:
-        return len(experts) <= int(self._streamer.bank.lane_slots)
+        return len(experts) <= self._lane_slots
 
-    def _slots(self, chosen: U32, whole: Whole) -> tuple[list[int], U32]:
-        """The experts to read, and for every (token, choice) pair its expert's place among them,
-        marked where it is computed from both planes."""
-        if self._streamer.watch is not None:
-            self._streamer.watch(self._layer, chosen)
+    def _by_kernels(self, pairs: int, experts: int) -> bool:
+        """Whether kernels compute so many pairs. A recorder looks into mlx-lm's module, so then
+        they compute none."""
+        kernels = self.streamer.kernels
+        if kernels is None or self.spec is None or self.streamer.recorder is not None:
+            return False
+        return not kernels.prefers_mlx(pairs, experts)
+
+    def _slots(self, chosen: U32, full: Flags | None) -> tuple[list[int], U32]:
+        """The experts to read, and for every pair its expert's place among them, marked where it
+        is computed in full."""
+        if self.streamer.observer is not None:
+            self.streamer.observer(self.number, chosen)
         experts, places = np.unique(chosen, return_inverse=True)
-        self._streamer.widest = max(self._streamer.widest, len(experts))
         slots = places.reshape(-1).astype(np.uint32)
-        if self._layout.planes:
-            slots = planes.marked(
-                slots, self._streamer.all_whole if whole is None else whole.ravel()
-            )
+        if self._two_planes:
+            everything = self.streamer.precision.all_full(self.streamer.phase)
+            slots = planes.mark_full(slots, everything if full is None else full.ravel())
         return experts.tolist(), slots
 
     def _load(self, experts: list[int], slots: U32) -> Lane:
-        whole: Iterable[bool] = repeat(True)
-        if self._layout.planes:
-            whole = planes.wanted_whole(slots, len(experts))
-        lane: Lane = self._streamer.load(self._layer, experts, whole)
-        return lane
+        full: Iterable[bool] = EVERY
+        if self._two_planes:
+            full = planes.experts_in_full(slots, len(experts))
+        return self.streamer.load(self.number, experts, full)
 
     def _compute(self, experts: list[int], x: mx.array, slots: U32) -> mx.array:
         lane = self._load(experts, slots)
-        output = self._by_mlx(experts, lane.arrays(self._layout), x, slots)
+        output = self._by_mlx(experts, lane.arrays(self.layout), x, slots)
         lane.fence(output)
         return output
 
     def _by_mlx(
         self, experts: list[int], arrays: Mapping[str, mx.array], x: mx.array, slots: U32
     ) -> mx.array:
-        if self._layout.planes:
-            return planes.compute(self._inner, self._layout, arrays, x, slots)
-        bind(self._inner, arrays)
-        record = self._streamer.record
-        output: mx.array = (
-            record(self._layer, experts, self._inner, x, mx.array(slots))
-            if record
-            else self._inner(x, mx.array(slots))
-        )
+        if self._two_planes:
+            return planes.compute(self.switch, self.layout, arrays, x, slots)
+        bind(self.switch, arrays)
+        if self.streamer.recorder is not None:
+            return self.streamer.recorder(self, experts, x, mx.array(slots))
+        output: mx.array = self.switch(x, mx.array(slots))
         return output
 
     def _rows(self, x: mx.array, experts: list[int], tokens: U32, slots: U32) -> mx.array:
         """expert_{slots[i]}(x[tokens[i]]) for every i; the experts fit in a lane."""
-        kernels: Kernels | None = self._streamer.kernels
-        if not self.fused or kernels is None or kernels.prefers_mlx(len(slots), len(experts)):
+        kernels = self.streamer.kernels
+        if kernels is None or self.spec is None or not self._by_kernels(len(slots), len(experts)):
             return self._compute(experts, x[mx.array(tokens)], slots[:, None]).squeeze(-2)
         lane = self._load(experts, slots)
-        rows = kernels.rows(lane, self._spec, x, tokens, slots)
+        rows = kernels.rows(lane, self.spec, x, tokens, slots)
         lane.fence(rows)
         return rows
 
@@ -212,12 +191,12 @@ class StreamedSwitch(nn.Module):
         Every row is computed on its own, so the grouping does not change a bit of it; every
         expert is read once. Where computing is lazy, the next group is read while one computes.
         """
-        size, k = self._streamer.bank.lane_slots, len(slots) // len(x)
-        order = np.argsort(by_expert(slots), kind="stable").astype(np.uint32)
+        size, k = self._lane_slots, len(slots) // len(x)
+        order = np.argsort(planes.sort_key(slots), kind="stable").astype(np.uint32)
         ordered = slots[order]
         outputs = []
         for first in range(0, len(experts), size):
-            low, high = np.searchsorted(ordered & PLACE, (first, first + size))
+            low, high = np.searchsorted(ordered & SLOT_MASK, (first, first + size))
             group, tokens = experts[first : first + size], order[low:high] // k
             output = self._rows(x, group, tokens, ordered[low:high] - first)
             mx.async_eval(output)
@@ -225,19 +204,28 @@ class StreamedSwitch(nn.Module):
         return mx.concatenate(outputs), inverse(order)
 
 
-def covered_spec(streamer: Streamer, layout: Layout, inner: nn.Module) -> ExpertSpec | None:
-    """What the kernels need to know of a layer, if there are kernels and they cover it."""
-    from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
+class StreamedSwitch(nn.Module):
+    """`(x [..., H], indices [..., k]) → [..., k, H]`: the module that mlx-lm's model calls. The
+    layer is no part of the module's tree: its arrays are the bank's memory, and must show up
+    neither as parameters nor as matrices to quantize. `companions` are resident modules that the
+    model looks for beside the experts."""
 
-    # By exact type: a subclass may compute something else.
-    covered = type(inner) is SwitchGLU and type(inner.activation) is SwiGLU
-    if streamer.kernels is None or not covered:
-        return None
-    return expert_spec(layout, streamer.bank.stride)
+    layer: StreamedLayer
+
+    def __init__(
+        self, layer: StreamedLayer, companions: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.layer = layer
+        for name, module in (companions or {}).items():
+            self[name] = module
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        return self.layer.experts(x, indices)
 
 
-def bind(module: nn.Module, arrays: Mapping[str, mx.array]) -> None:
+def bind(switch: nn.Module, arrays: Mapping[str, mx.array]) -> None:
     """Let the projections of mlx-lm's module read from a lane."""
     for name, array in arrays.items():
         projection, param = name.split(".")
-        module[projection][param] = array
+        switch[projection][param] = array

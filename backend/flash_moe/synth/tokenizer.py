@@ -1,9 +1,9 @@
 """The tokenizer of synthetic models: byte-level, with Qwen's special tokens and chat behaviour.
 
-Small and made on the spot: the 256 bytes, words from a paragraph below, and the special tokens.
-The template is our own text with Qwen3.5's behaviour: tools in the system turn, earlier thoughts
-dropped, the reply begun inside `<think>` if thinking is on. It is off by default: a model that is
-random, or very small, has no use for it.
+Small and trained on the spot: the 256 bytes, words from the paragraph below, and the special
+tokens. The template is our own text with Qwen3.5's behaviour: tools in the system turn, earlier
+thoughts dropped, the reply begun inside `<think>` if thinking is on. It is off by default, because
+a random or very small model has no use for it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPECIAL = [
     "<think>",
     "</think>",
 ]
-# Ids of the tokens that Qwen marks as special, so that decoding leaves them out.
+# How many of them Qwen marks as special, so that decoding leaves them out.
 HIDDEN = 3
 
 TEXT = """
@@ -90,7 +90,9 @@ def make_tokenizer() -> SynthTokenizer:
 def require_vocabulary(size: int) -> None:
     needed = make_tokenizer().size
     if size < needed:
-        raise OptionError(f"A vocabulary of {size}: the tokenizer alone has {needed} tokens.")
+        raise OptionError(
+            f"vocabulary={size}: the tokenizer alone has {needed} tokens. Choose at least as many."
+        )
 
 
 def _is_word(tokenizer: Tokenizer, token: int, special: set[int]) -> bool:

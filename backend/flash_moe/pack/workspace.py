@@ -1,0 +1,98 @@
+"""The folder that a pack is made in, `NAME.partial`: for one process at a time, and only for work
+that it was begun with.
+
+Its `source.json` identifies the source and the transform, so that a killed pack is resumed by the
+same command and by no other.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flash_moe.checkpoint.folder import Folder
+from flash_moe.errors import CheckpointError, NoSpace, Remedy
+from flash_moe.format.atomic import write_json
+from flash_moe.format.json_files import read_json
+from flash_moe.pack.transform import ExpertTransform
+
+IDENTITY = "source.json"
+# Inside of the workspace, what will be the pack.
+PACK = "pack"
+
+
+@contextmanager
+def open_workspace(target: Path, nbytes: int, identity: dict[str, Any]) -> Iterator[Path]:
+    """The folder beside `target`, with room for `nbytes` in all."""
+    require_absent(target)
+    workspace = target.with_name(target.name + ".partial")
+    _require_space(workspace / PACK, target, nbytes)
+    with _locked(workspace):
+        _require_same(workspace / IDENTITY, identity)
+        require_absent(target)  # again: another process may have finished it
+        yield workspace
+
+
+def identity_of(folder: Folder, transform: ExpertTransform | None) -> dict[str, Any]:
+    """The source, as its headers describe it (contents are too large to hash twice), and the
+    transform. Written to disk: packs that an older version began are resumed by these keys."""
+    digest = hashlib.sha256((folder.path / "config.json").read_bytes())
+    for tensor in sorted(folder.tensors.values(), key=lambda tensor: tensor.name):
+        digest.update(repr((tensor.name, tensor.dtype, tensor.shape, tensor.offset)).encode())
+        digest.update(tensor.file.name.encode())
+    source = {"source": digest.hexdigest()}
+    return source if transform is None else {**source, "recast": transform.to_json()}
+
+
+def require_absent(target: Path) -> None:
+    if target.exists():
+        raise CheckpointError(f"{target} exists. Remove it first, or choose another target.")
+
+
+@contextmanager
+def _locked(workspace: Path) -> Iterator[None]:
+    """The lock is on the folder itself, so that no lock file is left behind. Whoever waited for it
+    must look again, because the winner removes the folder when its pack is done."""
+    workspace.mkdir(parents=True, exist_ok=True)
+    fd = os.open(workspace, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            still_there = os.path.samestat(os.fstat(fd), workspace.stat())
+        except (BlockingIOError, FileNotFoundError):
+            still_there = False
+        if not still_there:
+            raise CheckpointError(
+                f"Another pack is being written to {workspace}. Wait until it is done, or choose "
+                "another target."
+            )
+        yield
+    finally:
+        os.close(fd)
+
+
+def _require_same(file: Path, identity: dict[str, Any]) -> None:
+    if file.exists() and read_json(file) != identity:
+        raise CheckpointError(
+            f"{file.parent} was begun from another checkpoint, with other bits or another text. "
+            "Remove it, or choose another target."
+        )
+    write_json(file, identity)
+
+
+def _require_space(pack: Path, target: Path, nbytes: int) -> None:
+    written = sum(file.stat().st_size for file in pack.iterdir()) if pack.exists() else 0
+    disk = next(folder for folder in target.absolute().parents if folder.exists())
+    free = shutil.disk_usage(disk).free
+    if nbytes - written > free:
+        raise NoSpace(
+            f"The pack needs {(nbytes - written) / 1e9:.1f} GB more, and {disk} has "
+            f"{free / 1e9:.1f} GB free. Free some space, or choose another target.",
+            Remedy.PACK_ELSEWHERE,
+        )

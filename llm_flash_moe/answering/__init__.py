@@ -1,0 +1,1 @@
+"""From llm's prompt to the engine's reply: models, turns, messages, the loaded engine."""

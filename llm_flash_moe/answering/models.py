@@ -1,0 +1,105 @@
+"""The models that `llm` sees. They hold no state: llm makes new objects for every command."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+
+import llm
+from llm.parts import StreamEvent
+
+from llm_flash_moe.answering.engines import areplies, replies, warn
+from llm_flash_moe.answering.interrupt import interruptible
+from llm_flash_moe.answering.turn import Turn
+from llm_flash_moe.errors import PluginError, as_click_errors
+from llm_flash_moe.options import ModelOptions
+from llm_flash_moe.registry import BUILT_IN_ENTRIES, Entry, Registry
+
+FLAGSHIP = "flash-moe-397b"
+# Disk and memory are what `llm flash-moe info` counts for that checkpoint; the rest is division.
+FLAGSHIP_HELP = f"""\
+{FLAGSHIP} (Qwen3.5-397B-A17B) has no weights on this machine yet. Get them with:
+
+  hf download mlx-community/Qwen3.5-397B-A17B-4bit --local-dir Qwen3.5-397B-A17B-4bit
+  llm flash-moe add Qwen3.5-397B-A17B-4bit --name {FLAGSHIP} --experts 4
+
+Disk: 223 GB, used where it is downloaded, no second copy. Memory: 6 GB for weights and working
+set; all that is left serves as page cache. Time: the download (40 minutes at 100 MB/s); then each
+token reads up to 1.7 GB of experts. --experts 4 is faster and less exact: without it, a token uses
+the model's own 10 experts and reads 4.2 GB. With 247 GB more, `llm flash-moe pack
+Qwen3.5-397B-A17B-4bit --planes --experts 4` makes a copy of which a token reads 1.2 GB with
+-o full_experts 1: the expert with the largest weight at 4 bits and the others at 2."""
+
+
+class _Shared:
+    can_stream = True
+    supports_tools = True
+    supports_schema = True
+
+    def __init__(self, name: str, entry: Entry | None) -> None:
+        self.model_id = name
+        self._entry = entry
+
+    def __str__(self) -> str:
+        return f"FlashMoE: {self.model_id}" + ("" if self._entry else " (no weights yet)")
+
+    def _turn(self, prompt: llm.Prompt, response: llm.Response | llm.AsyncResponse) -> Turn:
+        if self._entry is None:
+            raise PluginError(FLAGSHIP_HELP)
+        return Turn(self.model_id, self._entry, prompt, response)
+
+
+class FlashMoE(_Shared, llm.Model):
+    class Options(ModelOptions):
+        pass
+
+    def execute(
+        self,
+        prompt: llm.Prompt,
+        stream: bool,
+        response: llm.Response,
+        conversation: llm.Conversation | None = None,
+    ) -> Iterator[str | StreamEvent]:
+        with as_click_errors(), interruptible() as interrupted:
+            turn = self._turn(prompt, response)
+            # A response that nobody reads any more must be free to go, and this frame with it.
+            del response
+            try:
+                for event in replies(turn.key, turn.work(interrupted)):
+                    yield from turn.to_stream_events(event)
+            finally:
+                turn.finish()
+
+
+class AsyncFlashMoE(_Shared, llm.AsyncModel):
+    class Options(ModelOptions):
+        pass
+
+    async def execute(
+        self,
+        prompt: llm.Prompt,
+        stream: bool,
+        response: llm.AsyncResponse,
+        conversation: llm.AsyncConversation | None = None,
+    ) -> AsyncGenerator[str | StreamEvent, None]:
+        with as_click_errors():
+            turn = self._turn(prompt, response)
+            del response
+            try:
+                async with aclosing(areplies(turn.key, turn.work())) as events:
+                    async for event in events:
+                        for stream_event in turn.to_stream_events(event):
+                            yield stream_event
+            finally:
+                turn.finish()
+
+
+def known_models() -> dict[str, Entry | None]:
+    """Every model of the user, and always the built-in one and the flagship."""
+    models: dict[str, Entry | None] = {**BUILT_IN_ENTRIES, FLAGSHIP: None}
+    try:
+        models.update(Registry.of_user().entries())
+    except PluginError as error:
+        # Raising here would break every `llm -m`, also for other plugins' models.
+        warn(error.message)
+    return models

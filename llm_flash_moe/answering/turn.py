@@ -1,0 +1,107 @@
+"""One turn: llm's prompt as the engine's request, and the engine's events as llm's."""
+
+from __future__ import annotations
+
+import json
+import uuid
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+import click
+import llm
+from llm.parts import StreamEvent
+
+from flash_moe import Request
+from llm_flash_moe.answering.engines import Key, Work, warn
+from llm_flash_moe.answering.messages import schema_of, to_chat, to_tools
+from llm_flash_moe.options import ModelOptions
+from llm_flash_moe.progress import StatusLine
+from llm_flash_moe.registry import Entry, folder_of
+
+if TYPE_CHECKING:
+    from flash_moe import Engine, Event, Reply
+
+
+class Turn:
+    """`work` makes the events in the inference thread; the rest is for the caller's thread. The
+    response is held weakly: the inference thread keeps a turn that is not over, and must not keep
+    a response that its reader has dropped."""
+
+    def __init__(
+        self,
+        name: str,
+        entry: Entry,
+        prompt: llm.Prompt,
+        response: llm.Response | llm.AsyncResponse,
+    ) -> None:
+        self._options = cast(ModelOptions, prompt.options)
+        self._reading = StatusLine("reading the prompt", " tokens")
+        self._request = Request(
+            messages=to_chat(prompt),
+            tools=to_tools(prompt),
+            schema=schema_of(prompt, response),
+            progress=self._reading.update,
+            **self._options.request(),
+        )
+        self._response = weakref.ref(response)
+        self._call_ids: dict[int, str] = {}
+        self._engine: Engine | None = None
+        self._reply: Reply | None = None
+        self.key = Key(folder_of(name, entry), self._options.settings(entry.experts))
+
+    def work(self, interrupted: Callable[[], bool] = lambda: False) -> Work[Event]:
+        def events(engine: Engine, cancelled: Callable[[], bool]) -> Iterator[Event]:
+            request = replace(self._request, cancelled=lambda: cancelled() or interrupted())
+            self._engine = engine
+            self._reply = engine.reply(request)
+            yield from self._reply.events()
+
+        return events
+
+    def to_stream_events(self, event: Event) -> Iterator[StreamEvent]:
+        self._reading.clear()
+        if event.kind in ("text", "reasoning"):
+            yield StreamEvent(type=event.kind, chunk=event.text)
+            return
+        # Ids tell the calls of one conversation apart: counting would begin anew in every turn.
+        call_id = self._call_ids.setdefault(event.index, f"call_{uuid.uuid4().hex[:16]}")
+        if event.call is None:
+            yield StreamEvent(type="tool_call_name", chunk=event.text, tool_call_id=call_id)
+            return
+        name, arguments = event.call["name"], event.call["arguments"]
+        text = json.dumps(arguments, ensure_ascii=False)
+        yield StreamEvent(type="tool_call_args", chunk=text, tool_call_id=call_id)
+        # The events are for the eye and the log: only this makes llm call the tool.
+        if response := self._response():
+            response.add_tool_call(
+                llm.ToolCall(name=name, arguments=arguments, tool_call_id=call_id)
+            )
+
+    def finish(self) -> None:
+        """Also for a reply that was broken off: llm logs as much as there is."""
+        self._reading.clear()
+        response, reply, engine = self._response(), self._reply, self._engine
+        if response is None or reply is None or engine is None:
+            return
+        stats, plan = reply.stats, engine.plan
+        details = {"cached": stats.cached_tokens, "reasoning_tokens": stats.reasoning_tokens}
+        response.set_usage(
+            input=stats.prompt_tokens,
+            output=stats.generated_tokens,
+            details={name: count for name, count in details.items() if count} or None,
+        )
+        response.response_json = {**stats.to_json(), "lossy": engine.lossy}
+        if self._request.logprobs is not None:
+            response.response_json["logprobs"] = reply.logprobs()
+        response.set_resolved_model(f"{plan.architecture} {plan.bits}")
+        if stats.warning:
+            warn(stats.warning)
+        if self._request.schema is not None and not reply.complete:
+            warn(
+                f"The JSON is not complete ({stats.finish_reason}, "
+                f"{stats.generated_tokens} tokens). Allow more: -o max_tokens N"
+            )
+        if self._options.stats:
+            click.echo(f"\n{stats.summary()}", err=True)

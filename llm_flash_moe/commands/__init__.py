@@ -1,0 +1,25 @@
+"""`llm flash-moe …`: one file for each command."""
+
+from __future__ import annotations
+
+import click
+
+from llm_flash_moe.commands.add import add
+from llm_flash_moe.commands.cache import cache
+from llm_flash_moe.commands.doctor import doctor
+from llm_flash_moe.commands.evaluate import evaluate
+from llm_flash_moe.commands.info import info
+from llm_flash_moe.commands.models import models
+from llm_flash_moe.commands.pack import pack
+from llm_flash_moe.commands.path import path
+from llm_flash_moe.commands.remove import remove
+from llm_flash_moe.commands.synth import synth
+
+
+@click.group(name="flash-moe")
+def flash_moe() -> None:
+    """Run Mixture-of-Experts models that are bigger than memory."""
+
+
+for command in (add, cache, doctor, evaluate, info, models, pack, path, remove, synth):
+    flash_moe.add_command(command)

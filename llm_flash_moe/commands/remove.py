@@ -1,0 +1,33 @@
+"""`llm flash-moe remove`: take a model off the list."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+
+from llm_flash_moe.errors import as_click_errors
+from llm_flash_moe.registry import Registry
+
+
+@click.command()
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask before deleting files")
+def remove(name: str, yes: bool) -> None:
+    """Remove a model from the list.
+
+    Its files are deleted only if llm flash-moe wrote them into llm's own folder.
+    """
+    with as_click_errors():
+        registry = Registry.of_user()
+        entry = registry.get(name)
+        ours = entry.managed and Path(entry.path).is_dir()
+        if ours and not yes:
+            click.confirm(f"Delete {entry.path} as well?", abort=True)
+        if ours:
+            # Before the entry goes: what a failure leaves can be removed again.
+            shutil.rmtree(entry.path)
+        registry.remove(name)
+    stay = f"; its files stay in {entry.path}" if Path(entry.path).is_dir() else ""
+    click.echo(f"Removed {name}{stay}.")
