@@ -121,7 +121,7 @@ def test_a_value_fits_the_schema_made_of_it_and_others_do_not(value: Any, other:
     check_schema(schema)
     assert valid(value, schema)
     assert valid(json.loads(json.dumps(value)), schema)
-    if not isinstance(value, list):
+    if "[" not in json.dumps(value):  # items in another order are valid, too
         assert valid(other, schema) == same(value, other)
 
 

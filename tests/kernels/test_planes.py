@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from flash_moe.kernels import gpu
 from flash_moe.kernels.backends import GpuKernels
 from flash_moe.kernels.interface import Kernels, Shared
-from flash_moe.kernels.native import Native, NativeKernels
+from flash_moe.kernels.native import Native
+from flash_moe.kernels.native_backend import NativeKernels
 from flash_moe.kernels.spec import FULL, GROUP_SIZES, SCALE_TYPES, U32, ExpertSpec
 from tests.devices import GPU
 from tests.kernels import reference as ref

@@ -17,6 +17,7 @@ from flash_moe.arrays import mlx_dtype
 from flash_moe.decode.loop import Generation, TokenRequest
 from flash_moe.errors import OptionError, UnsupportedModel
 from flash_moe.kernels.native import Native
+from flash_moe.kernels.native_backend import NativeLinear
 from flash_moe.kernels.runtime import Runtime, choose_runtime
 from flash_moe.kernels.structs import Resident
 from flash_moe.model import load as loading
@@ -24,7 +25,6 @@ from flash_moe.model.families import FAMILIES
 from flash_moe.model.install import refuse_narrow
 from flash_moe.model.load import StreamedModel, load
 from flash_moe.model.mixture import Mixture
-from flash_moe.model.native_linear import NativeLinear
 from flash_moe.options import Settings
 from flash_moe.synth.model import SHAPES, synthesize
 from tests.architectures import random_model, write_checkpoint

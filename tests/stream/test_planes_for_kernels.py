@@ -11,7 +11,8 @@ import pytest
 
 from flash_moe.kernels.backends import GpuKernels
 from flash_moe.kernels.interface import Kernels, Memory, Shared
-from flash_moe.kernels.native import NativeKernels, load_native
+from flash_moe.kernels.native import load_native
+from flash_moe.kernels.native_backend import NativeKernels
 from flash_moe.kernels.spec import SLOT_MASK, U32, ExpertSpec
 from flash_moe.native.build import find_compiler
 from tests.devices import GPU, relative_difference

@@ -10,7 +10,8 @@ import numpy as np
 from flash_moe.kernels import gpu
 from flash_moe.kernels.gpu import Tuning
 from flash_moe.kernels.interface import Kernels, Memory, Shared
-from flash_moe.kernels.native import NativeKernels, load_native
+from flash_moe.kernels.native import load_native
+from flash_moe.kernels.native_backend import NativeKernels
 from flash_moe.kernels.shaders import GpuKind
 from flash_moe.kernels.spec import U32, ExpertSpec, inverse
 from flash_moe.options import RuntimeName

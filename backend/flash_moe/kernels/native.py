@@ -7,21 +7,13 @@ several threads take turns.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
-from flash_moe.kernels.interface import Memory, Shared
-from flash_moe.kernels.spec import (
-    F32,
-    SLOT_MASK,
-    U32,
-    ExpertSpec,
-)
+from flash_moe.kernels.spec import F32, SLOT_MASK, U32, ExpertSpec
 from flash_moe.kernels.structs import Resident, spec_struct
 from flash_moe.native.arguments import require, require_array
 from flash_moe.native.build import Library, build
@@ -85,16 +77,16 @@ class Native:
             fitting = max(0, (buffer.size - end) // spec.stride + 1) if buffer.size >= end else 0
             count = fitting if count is None else min(count, fitting)
         hidden = spec.hidden
-        slots = _array("slots", slots, np.uint32, _two_axes(slots))
+        slots = require_array("slots", slots, np.uint32, _two_axes(slots))
         tokens, k = slots.shape
-        x = _array("x", x, np.float32, (tokens, hidden))
+        x = require_array("x", x, np.float32, (tokens, hidden))
         if slots.size:
             spec.check_slots(int(slots.max()))
             if count is not None and (largest := int((slots & SLOT_MASK).max())) >= count:
                 raise ValueError(f"slot {largest}: the bank has {count}")
         shape: tuple[int, ...] = (tokens, k, hidden)
         if weights is not None:
-            weights = _array("weights", weights, np.float32, (tokens, k))
+            weights = require_array("weights", weights, np.float32, (tokens, k))
             shape = (tokens, hidden)
         if not slots.size:
             return np.zeros(shape, np.float32)
@@ -116,7 +108,7 @@ class Native:
     def matmul(self, matrix: Resident, x: F32) -> F32:
         """matrix · x for every row of x [..., columns]: float32 [..., rows]."""
         shape = (*x.shape[:-1], matrix.columns)
-        x = _array("x", x, np.float32, shape)
+        x = require_array("x", x, np.float32, shape)
         out = np.empty((*x.shape[:-1], matrix.rows), np.float32)
         tokens = x.size // matrix.columns
         if tokens and self._library.flash_matmul(
@@ -128,7 +120,7 @@ class Native:
     def router(self, logits: F32, k: int, renormalise: bool) -> tuple[U32, F32]:
         """Softmax over all experts, and the k likeliest by falling logit, ties to the lowest id:
         uint32 ids and float32 weights, [tokens, k]. NaN ranks last and makes the weights NaN."""
-        logits = _array("logits", logits, np.float32, _two_axes(logits))
+        logits = require_array("logits", logits, np.float32, _two_axes(logits))
         tokens, n = logits.shape
         if not 1 <= k <= n:
             raise ValueError(f"{k} of {n} experts")
@@ -140,75 +132,12 @@ class Native:
         return ids, weights
 
 
-@dataclass(frozen=True, slots=True)
-class NativeKernels:
-    """The kernels for MLX's arrays. Eager: arrays that go in are computed now, and so are those
-    that come out."""
-
-    native: Native
-
-    def linear(self, matrix: Resident, x: mx.array) -> mx.array:
-        """x · matrix, in the type of x."""
-        return mx.array(self.native.matmul(matrix, _float32(x))).astype(x.dtype)
-
-    def prefers_mlx(self, pairs: int, experts: int) -> bool:
-        return False
-
-    def rows(
-        self, lane: Memory, spec: ExpertSpec, x: mx.array, tokens: U32, slots: U32
-    ) -> mx.array:
-        x_rows = _float32(x)[tokens]
-        out = self.native.experts(spec, lane.address, x_rows, slots.reshape(-1, 1))
-        return mx.array(out.reshape(len(slots), -1)).astype(x.dtype)
-
-    def mixture(
-        self,
-        lane: Memory,
-        spec: ExpertSpec,
-        x: mx.array,
-        slots: U32,
-        weights: mx.array,
-        shared: Shared,
-    ) -> mx.array:
-        y = mx.array(
-            self.native.experts(spec, lane.address, _float32(x), slots, weights=_float32(weights))
-        )
-        return _with_shared(y, shared).astype(x.dtype)
-
-    def combine(
-        self, rows: mx.array, place: U32, weights: mx.array, shared: Shared, dtype: mx.Dtype
-    ) -> mx.array:
-        picked = rows[mx.array(place)].reshape(*weights.shape, -1)
-        return _with_shared((picked * weights[..., None]).sum(axis=-2), shared).astype(dtype)
-
-    def route(self, logits: mx.array, k: int, renormalise: bool) -> tuple[mx.array, mx.array]:
-        ids, weights = self.native.router(_float32(logits), k, renormalise)
-        return mx.array(ids), mx.array(weights)
-
-
 @cache
 def load_native(extra_flags: tuple[str, ...] = ()) -> Native:
     """Compiled on the first use on a machine, some seconds long. Raises NativeUnavailable."""
     return Native(build(KERNELS, extra_flags))
 
 
-def _array(name: str, a: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
-    """`a`, if it is what C will take it for. Nearly always it is: 0.4 µs instead of 2."""
-    plain = isinstance(a, np.ndarray) and a.dtype == dtype and a.shape == shape
-    return a if plain and a.flags.c_contiguous else require_array(name, a, dtype, shape)
-
-
 def _two_axes(a: Any) -> tuple[int, ...]:
     """Of any length."""
     return a.shape if np.ndim(a) == 2 else (-1, -1)
-
-
-def _float32(array: mx.array) -> F32:
-    """The array's own memory, where it is in float32 already."""
-    return np.array(array.astype(mx.float32), copy=False)
-
-
-def _with_shared(y: mx.array, shared: Shared) -> mx.array:
-    if shared.output is None or shared.gate is None:
-        return y
-    return y + mx.sigmoid(shared.gate.reshape(-1, 1)) * shared.output

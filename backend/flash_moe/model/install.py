@@ -9,11 +9,11 @@ from mlx.utils import tree_unflatten
 
 from flash_moe.checkpoint.switches import parameters, set_module
 from flash_moe.errors import UnsupportedModel
-from flash_moe.kernels.native import NativeKernels, load_native
+from flash_moe.kernels.native import load_native
+from flash_moe.kernels.native_backend import NativeKernels, NativeLinear, multiplies
 from flash_moe.kernels.runtime import Runtime
 from flash_moe.model.families import family_of
 from flash_moe.model.mixture import Mixture
-from flash_moe.model.native_linear import NativeLinear, multiplies
 from flash_moe.stream.choice import ExpertChoice
 from flash_moe.stream.streamed import StreamedSwitch, Streamer
 

@@ -24,9 +24,9 @@ from flash_moe.checkpoint.skeleton import open_skeleton
 from flash_moe.checkpoint.switches import companions
 from flash_moe.errors import FlashMoeError, OptionError, Remedy
 from flash_moe.kernels.backends import make_kernels
+from flash_moe.kernels.native_backend import NativeLinear
 from flash_moe.kernels.runtime import Runtime, choose_runtime
 from flash_moe.model.install import find_heads, install_kernels, knows_formula, renormalises
-from flash_moe.model.native_linear import NativeLinear
 from flash_moe.options import Settings
 from flash_moe.stream.bank import Bank
 from flash_moe.stream.choice import ExpertChoice

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flash_moe.arrays import float32_view
-from flash_moe.kernels.native import Native, NativeKernels
+from flash_moe.kernels.native import Native
+from flash_moe.kernels.native_backend import NativeKernels
 from flash_moe.kernels.spec import inverse
 from flash_moe.pack.products import FIRST, LAST, Squares, observed_matrices
 from flash_moe.stream.streamed import StreamedLayer, Streamer

@@ -12,8 +12,8 @@ import mlx.nn as nn
 from flash_moe.arrays import float32_view, numpy_view
 from flash_moe.format.layout import AFFINE
 from flash_moe.kernels.native import Native
+from flash_moe.kernels.native_backend import multiplies
 from flash_moe.kernels.structs import resident
-from flash_moe.model.native_linear import multiplies
 
 # The first and the last matrix that mlx-lm's SwitchGLU and SwitchMLP multiply with.
 FIRST, LAST = ("up_proj", "fc1"), ("down_proj", "fc2")
