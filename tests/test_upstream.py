@@ -237,6 +237,31 @@ def test_switch_mlp_has_two_projections() -> None:
     )
 
 
+def test_rows_with_a_bias_lie_as_their_strides_say(
+    on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mlx-lm's own do not while something else holds the product: no memory to add the bias in."""
+    own, products = mx.gather_mm, []
+
+    def gather_mm(*args: Any, **options: Any) -> mx.array:
+        products.append(own(*args, **options))
+        return products[-1]
+
+    monkeypatch.setattr(mx, "gather_mm", gather_mm)
+    x, ids = mx.random.normal((70, 1, 16)), mx.arange(70) // 9
+    strides, rows = {}, []
+    plain, biased = upstream.plain_projections()
+    layer = plain(16, 24, 8, bias=True)
+    layer["bias"] = mx.random.normal((8, 24))
+    for kind in (plain, biased):
+        layer.__class__ = kind
+        rows.append(layer(x, ids, sorted_indices=True))
+        mx.eval(rows)
+        strides[kind] = memoryview(rows[-1]).strides  # type: ignore[arg-type]
+    assert strides == {plain: (96, 4, 4), biased: (96, 96, 4)}
+    assert mx.array_equal(*rows)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_have_the_parts_that_their_family_uses(family: Any) -> None:
     assert family.block_type in EVERY_NAME

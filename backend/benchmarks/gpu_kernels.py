@@ -26,10 +26,9 @@ import numpy as np
 from flash_moe.format.layout import Quantization, make_layout
 from flash_moe.kernels import gpu
 from flash_moe.kernels.backends import TILE, tuning_for
-from flash_moe.kernels.coverage import expert_spec
 from flash_moe.kernels.interface import Shared
 from flash_moe.kernels.shaders import GpuKind
-from flash_moe.kernels.spec import ExpertSpec
+from flash_moe.kernels.spec import ExpertSpec, expert_spec
 
 HIDDEN, INTERMEDIATE, GROUP, SLOTS = 4096, 1024, 64, 10
 # Layers in a row: enough that a millisecond of noise is 2 µs of one.

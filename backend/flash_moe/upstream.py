@@ -134,6 +134,22 @@ def projection_types() -> tuple[type, ...]:
     return tuple(get("mlx_lm.models.switch_layers", name) for name in names)
 
 
+@cache
+def plain_projections() -> tuple[type, type]:
+    """SwitchLinear, and one whose output is laid out afresh.
+
+    The sum with an expert's bias may leave a stride of 1 on the axis between pair and row, and a
+    sorted `mx.gather_mm` takes its rows to lie that far apart: all but the first of an expert are
+    wrong (MLX 0.32.4 on CUDA; ml-explore/mlx#4253). `mx.contiguous` sees nothing to mend."""
+    plain = get("mlx_lm.models.switch_layers", "SwitchLinear")
+
+    def call(self: Any, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        rows: mx.array = plain.__call__(self, x, indices, sorted_indices)
+        return rows.flatten().reshape(rows.shape)
+
+    return plain, type("BiasedSwitchLinear", (plain,), {"__call__": call})
+
+
 def swiglu_types() -> tuple[type, type]:
     """SwitchGLU, and the activation that makes it down(silu(gate) * up)."""
     module = "mlx_lm.models.switch_layers"

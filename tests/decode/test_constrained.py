@@ -50,7 +50,9 @@ class Noise:
     """A model of random weights, whose head is wider than its tokenizer, as real ones are."""
 
     def __init__(self, folder: Path) -> None:
-        synthesize(folder, Shape(layers=4, experts=8, hidden=128, intermediate=64, vocabulary=1100))
+        synthesize(
+            folder, Shape(layers=4, experts=8, hidden=128, intermediate=128, vocabulary=1100)
+        )
         self.folder = folder
         self.model = load(folder, Settings(bank_bytes=1))
         self.tokenizer = load_tokenizer(folder)

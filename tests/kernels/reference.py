@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from flash_moe.format.layout import Quantization as Packing
 from flash_moe.format.layout import make_layout
-from flash_moe.kernels.coverage import expert_spec
-from flash_moe.kernels.spec import ExpertSpec, Matrix
+from flash_moe.kernels.spec import ExpertSpec, Matrix, expert_spec
 
 F64 = npt.NDArray[np.float64]
 Bytes = npt.NDArray[np.uint8]

@@ -9,7 +9,7 @@ from flash_moe.options import Settings
 from flash_moe.synth.model import Shape, synthesize
 from tests.architectures import random_model, write_checkpoint
 
-SHAPE = Shape(layers=4, experts=8, hidden=128, intermediate=64, vocabulary=1100)
+SHAPE = Shape(layers=4, experts=8, hidden=128, intermediate=128, vocabulary=1100)
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def make_switch(kind: str, quantization: tuple[str, int, int] | None, bias: bool
         mode, bits, group_size = quantization
         nn.quantize(switch, group_size, bits, mode=mode)
     mx.eval(switch.parameters())
-    return switch
+    return shell(switch, record_layout(switch))
 
 
 def stream(switch: nn.Module, folder: Path, slots: int) -> StreamedSwitch:

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from flash_moe.arrays import dtype_name
 from flash_moe.format.layout import Layout, Quantization, make_layout
-from flash_moe.upstream import projection_types, switch_types
+from flash_moe.upstream import plain_projections, projection_types, switch_types
 
 
 def parameters(module: nn.Module) -> dict[str, mx.array]:
@@ -45,9 +45,13 @@ def _natural(path: str) -> list[tuple[int, str]]:
 
 def shell(switch: nn.Module, layout: Layout) -> nn.Module:
     """mlx-lm's switch layer, its projections of the type that the layout's parts need."""
+    plain, biased = plain_projections()
     for name, quantization in layout.quantization:
-        if quantization is not None and hasattr(switch[name], "to_quantized"):
-            parts = {part.param for part in layout.parts if part.projection == name}
+        parts = {part.param for part in layout.parts if part.projection == name}
+        if quantization is None:
+            if type(switch[name]) is plain and "bias" in parts:
+                switch[name].__class__ = biased
+        elif hasattr(switch[name], "to_quantized"):
             switch[name] = switch[name].to_quantized(
                 group_size=quantization.group_size,
                 bits=quantization.bits,

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flash_moe.format.layout import AFFINE, PLANE_BITS, SECOND_PLANE, Layout
+
 U32 = npt.NDArray[np.uint32]
 F32 = npt.NDArray[np.float32]
 
@@ -90,3 +92,31 @@ def inverse(order: npt.NDArray[Any]) -> U32:
     place = np.empty(len(order), np.uint32)
     place[order] = np.arange(len(order), dtype=np.uint32)
     return place
+
+
+def expert_spec(layout: Layout, stride: int) -> ExpertSpec:
+    """The spec of a record of a SwitchGLU, affine."""
+    gate, up, down = (_matrix(layout, f"{name}_proj") for name in ("gate", "up", "down"))
+    return ExpertSpec(gate, up, down, stride)
+
+
+def _matrix(layout: Layout, projection: str) -> Matrix:
+    quantization = dict(layout.quantization)[projection]
+    assert quantization is not None
+    parts = {part.name: part for part in layout.parts}
+    weight, scales, biases = (parts[f"{projection}.{param}"] for param in AFFINE)
+    rows, groups = scales.shape
+    second = None
+    if layout.two_planes:
+        second = SecondPlane(*(parts[f"{projection}.{param}"].offset for param in SECOND_PLANE))
+    return Matrix(
+        rows,
+        groups * quantization.group_size,
+        PLANE_BITS if second else quantization.bits,
+        quantization.group_size,
+        scales.dtype,
+        weight.offset,
+        scales.offset,
+        biases.offset,
+        second,
+    )

@@ -20,9 +20,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from flash_moe.kernels.coverage import expert_spec, why_unsupported
+from flash_moe.kernels.coverage import why_unsupported
 from flash_moe.kernels.interface import Kernels, Shared
-from flash_moe.kernels.spec import SLOT_MASK, U32, ExpertSpec, inverse
+from flash_moe.kernels.spec import SLOT_MASK, U32, ExpertSpec, expert_spec, inverse
 from flash_moe.options import Phase
 from flash_moe.stream import planes
 from flash_moe.stream.bank import Bank, Lane
