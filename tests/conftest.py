@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -27,6 +28,13 @@ DEMO = Shape(layers=4, experts=8, experts_per_token=4, hidden=256, intermediate=
 
 def pytest_report_header() -> str:
     return f"mlx {mx.__version__} on {mx.default_device()}, Metal: {mx.metal.is_available()}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_interrupts() -> None:
+    """A shell that starts the tests in the background lets them, and what they start, ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

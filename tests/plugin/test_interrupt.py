@@ -34,8 +34,6 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
-            # A shell that starts the tests in the background lets them ignore it.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execve(LLM, [str(LLM), *arguments], environment() | {"TERM": "dumb"})
         self.shown = ""
 
