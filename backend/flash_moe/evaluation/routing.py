@@ -37,7 +37,7 @@ class RoutingCounter:
     def row(self) -> Array:
         """The counts of all layers one after the other, as integers no wider than they need."""
         row = np.concatenate(self._counts)
-        return row.astype(np.min_scalar_type(int(row.max())))
+        return row.astype(np.min_scalar_type(int(np.max(row))))
 
     def _add(self, layer: int, experts: U32) -> None:
         counts = self._counts[layer]

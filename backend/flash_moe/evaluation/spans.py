@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import or_
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +47,7 @@ def marks_of_reply(
         for place in _calls(text, start, tool_format):
             _mark(characters, text, place, "calls", patterns)
     return np.array(
-        [_bit("replies") | np.bitwise_or.reduce(characters[a:b]) for a, b in offsets], np.uint8
+        [reduce(or_, characters[a:b].tolist(), _bit("replies")) for a, b in offsets], np.uint8
     )
 
 

@@ -81,8 +81,8 @@ class Native:
         tokens, k = slots.shape
         x = require_array("x", x, np.float32, (tokens, hidden))
         if slots.size:
-            spec.check_slots(int(slots.max()))
-            if count is not None and (largest := int((slots & SLOT_MASK).max())) >= count:
+            spec.check_slots(int(np.max(slots)))
+            if count is not None and (largest := int(np.max(slots & SLOT_MASK))) >= count:
                 raise ValueError(f"slot {largest}: the bank has {count}")
         shape: tuple[int, ...] = (tokens, k, hidden)
         if weights is not None:
