@@ -27,7 +27,8 @@ AWKWARD = [
 scalars = st.one_of(
     st.none(),
     st.booleans(),
-    st.integers(-(10**18), 10**18),
+    # Those that float64 holds: the others are refused.
+    st.integers(-(10**18), 10**18).map(lambda number: int(float(number))),
     st.floats(-1e6, 1e6).map(lambda number: round(number, 3)),
     st.sampled_from(AWKWARD),
 )

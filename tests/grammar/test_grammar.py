@@ -126,6 +126,8 @@ def test_the_end_of_the_turn_is_allowed_when_the_value_is_whole() -> None:
         # llguidance would crash the process.
         ({"enum": [-(2**63)]}, "too large"),
         ({"const": {"a": [10**400]}}, "too large"),
+        # llguidance would write the even number beside it.
+        ({"enum": [1, 2**53 + 1]}, "9007199254740993 in the schema: it is too large"),
         ({"type": "integer", "minimum": 2**63}, "too large"),
         ({"enum": []}, "'enum'"),
         # llguidance panics where it cuts its own message.

@@ -28,7 +28,8 @@ CHOICES = ("enum", "const")
 # beyond the integers that float64 counts exactly, llguidance's are a little off.
 BOUNDS = {"minimum": -1, "exclusiveMinimum": -1, "maximum": 1, "exclusiveMaximum": 1}
 FARTHEST = 2**53 - 1
-# At the ends of int64, llguidance 1.9.1 crashes the process or changes the number.
+# At the ends of int64, llguidance 1.9.1 crashes the process or changes the number; it rounds to
+# float64 all that are between.
 LARGEST_CHOICE = 10**18
 OBJECT = ("properties", "required", "additionalProperties", "patternProperties")
 
@@ -100,7 +101,7 @@ def _tidy(schema: Schema) -> None:
 def _require_exact_numbers(schema: Schema, subject: str) -> None:
     for at, node in parts(schema, subject):
         for number in _integers([node.get(key) for key in (*CHOICES, *BOUNDS)]):
-            if abs(number) > LARGEST_CHOICE:
+            if abs(number) > LARGEST_CHOICE or float(number) != number:
                 raise OptionError(
                     f"No grammar can express {number!r:.24} in {at}: it is too large to be exact."
                 )
