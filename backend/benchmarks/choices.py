@@ -41,11 +41,9 @@ class SmallCache:
         self._room = room
         self.used = self.missed = 0
         for number in range(len(self._used)):
-            (segment,) = self._streamer.store.segments(number, 0)
-            os.fsync(segment.fd)  # what is not written yet is not dropped
-            # Random, or the system would read ahead, and keep large pieces.
-            os.posix_fadvise(segment.fd, 0, 0, os.POSIX_FADV_RANDOM)
-            os.posix_fadvise(segment.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            ((file, *_),) = self._streamer.store.pieces(number, [0]).tolist()
+            os.fsync(file)  # what is not written yet is not dropped
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         self._streamer.observer = self._use
 
     def _use(self, layer: int, experts: U32) -> None:
@@ -61,8 +59,8 @@ class SmallCache:
             self._drop(layer, used.popitem(last=False)[0])
 
     def _drop(self, layer: int, expert: int) -> None:
-        for segment in self._streamer.store.segments(layer, expert):
-            os.posix_fadvise(segment.fd, segment.offset, segment.length, os.POSIX_FADV_DONTNEED)
+        for file, offset, length, _ in self._streamer.store.pieces(layer, [expert]).tolist():
+            os.posix_fadvise(file, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def documents(engine: Engine, options: argparse.Namespace) -> Iterator[tuple[str, list[int], int]]:

@@ -2,14 +2,13 @@
 
 python backend/benchmarks/trace.py
 
-One layer: from the mixture of a layer down to the first `preadv`, of a token of the built-in model.
-One prompt: from `llm -m` to the first `preadv`, with the engine loaded. Files are those that ran;
+One layer: from the mixture of a layer down to the reader, of a token of the built-in model.
+One prompt: from `llm -m` to the reader, with the engine loaded. Files are those that ran;
 changes are how often the running function's file was another than before, returns included.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from itertools import pairwise
@@ -41,10 +40,10 @@ class Trace:
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         if self.done:
             return
-        if event == "c_call":
-            self.done = argument is os.preadv and bool(self.files)
-            return
         path = frame.f_code.co_filename
+        if event == "return" and path.endswith("/stream/reader.py") and self.files:
+            self.done = True
+            return
         # After a return, the caller runs on.
         if event == "return" and frame.f_back is not None:
             path = frame.f_back.f_code.co_filename

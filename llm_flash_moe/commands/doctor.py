@@ -22,6 +22,10 @@ RUNTIMES = {
     "mlx": "MLX's own operations, on the CPU",
     None: "nothing can: models do not run",
 }
+READERS = {
+    "native": "our own threads in C",
+    "Python": "Python's threads: from the page cache, those in C would be twice as fast",
+}
 NOTHING_FASTER = {
     True: "no, this is the fastest",
     False: "no: only a GPU would be, NVIDIA's or that of a Mac with Apple Silicon",
@@ -79,12 +83,14 @@ def _rows(diagnosis: Diagnosis) -> dict[str, list[str]]:
         "Results": [ROUNDING if gpu else ROUNDING + EXACT],
         "16 bits": [WIDE] if diagnosis.widen else [],
         "MLX": [mlx],
+        "Reading": [READERS.get(diagnosis.reader, "")],
         "CPU": [f"{machine.cpu}, {machine.cores} cores"],
         "Kernels": [f"compiled once, cached in {native.file}"] if native and native.kept else [],
         "Memory": [memory],
     }
     if not runtime:
-        del rows["Faster"], rows["Results"], rows["MLX"]
+        for title in ("Faster", "Results", "MLX", "Reading"):
+            del rows[title]
     return rows
 
 

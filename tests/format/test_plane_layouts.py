@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from flash_moe.format.layout import (
     make_layout,
 )
 from flash_moe.pack.two_planes import TwoPlanes
-from flash_moe.stream.store import ExpertStore
+from flash_moe.stream.store import OFFSET, ExpertStore
 from tests.strategies import edited, in_two_planes, layouts_of_4_bits, plane_layouts
 
 
@@ -115,7 +116,7 @@ def test_half_a_plane_is_refused(layout: Layout, data: st.DataObject) -> None:
         layout_from_json(json.loads(json.dumps(wrong.to_json())))
 
 
-def test_a_first_plane_is_one_aligned_segment(tmp_path: Path) -> None:
+def test_planes_are_aligned_pieces(tmp_path: Path) -> None:
     shape = {"gate_proj": (64, 96), "up_proj": (64, 96), "down_proj": (768, 8)}
     packing = [(name, Quantization(4, 64, "affine")) for name in shape]
     arrays = [
@@ -132,7 +133,11 @@ def test_a_first_plane_is_one_aligned_segment(tmp_path: Path) -> None:
     (tmp_path / "experts").write_bytes(b"")
     store = ExpertStore([packed_layer("mlp", 3, layout, tmp_path / "experts")], "direct")
     for expert in range(3):
-        (both,), (first,) = (store.segments(0, expert, full) for full in (True, False))
-        assert both[1:] == (expert * layout.stride, layout.stride, 0)
-        assert first[1:] == (expert * layout.stride, layout.first_plane_bytes, 0)
+        first, start = layout.first_plane_bytes, expert * layout.stride
+        for full, wanted in (
+            (True, [[start, first, 0], [start + first, layout.stride - first, first]]),
+            (False, [[start, first, 0]]),
+        ):
+            pieces = store.pieces(0, [expert], full=np.array([full]))
+            assert pieces[:, OFFSET:].tolist() == wanted
     store.close()

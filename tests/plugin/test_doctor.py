@@ -23,6 +23,8 @@ from flash_moe.machine import Nvidia, parse_driver, parse_smi, parse_vm_stat
 from flash_moe.measure.advice import cuda_advice, mend_import
 from flash_moe.mlx_library import Backends, find_backends
 from flash_moe.model.load import Settings, load
+from flash_moe.native.build import find_compiler
+from llm_flash_moe.commands.doctor import READERS
 from tests.architectures import random_model, write_checkpoint
 from tests.plugin.terminal import LLM, environment, fails, llm, logged, works
 
@@ -77,6 +79,8 @@ def test_doctor_tells_what_a_reply_will_use() -> None:
     assert text.startswith(f"Experts  {runtime.name}: ")
     works("-m", "demo", *SHORT, "Hello")
     assert logged()[-1]["response_json"]["runtime"] == facts["runtime"]
+    assert facts["reader"] == ("native" if find_compiler() else "Python")
+    assert f"\nReading  {READERS[facts['reader']]}\n" in text
     assert facts["mlx"] == mx.__version__
     assert facts["device"] == ("CPU" if ON_CPU else "GPU")
     machine = facts["machine"]
@@ -89,10 +93,10 @@ def test_doctor_tells_what_a_reply_will_use() -> None:
 def test_the_kernels_are_kept_for_the_next_start_and_made_again_if_damaged(tmp_path: Path) -> None:
     for harm in (False, True):
         if harm:
-            (cached,) = tmp_path.rglob("*.so")
+            (cached,) = tmp_path.rglob("native-*.so")
             os.truncate(cached, 10_000)
         text, facts = diagnosed(XDG_CACHE_HOME=tmp_path)
-        (cached,) = tmp_path.rglob("*.so")
+        (cached,) = tmp_path.rglob("native-*.so")
         native = facts["native"]
         assert (native["file"], native["kept"], facts["faster"]) == (str(cached), True, [])
         assert native["threads"] >= 1
@@ -109,6 +113,7 @@ def test_without_a_compiler_mlx_computes_in_float32_and_the_command_is_named(
     bare: dict[str, Path | None] = {"PATH": tmp_path, "XDG_CACHE_HOME": tmp_path, "CC": None}
     text, facts = diagnosed(**bare)
     assert (facts["runtime"], facts["widen"], facts["native"]) == ("mlx", True, None)
+    assert facts["reader"] == "Python"
     (faster,) = facts["faster"]
     assert "No C compiler was found. On Debian: apt install gcc" in faster
     assert f"Faster   {faster}\n" in text

@@ -32,10 +32,15 @@ def fill(lane: Lane, seed: int) -> np.ndarray:
     """Write records that differ by slot and by seed, as a reader does; their weights."""
     values = np.random.default_rng(seed).integers(0, 2**16, (len(lane.owners), 18), np.uint32)
     weight, bias = LAYOUT.parts
-    for buffer, row in zip(lane.buffers, values, strict=False):
+    for slot, row in enumerate(values):
+        buffer = slot_of(lane, slot)
         buffer[weight.offset : weight.offset + weight.nbytes] = row[:15].tobytes()
         buffer[bias.offset : bias.offset + bias.nbytes] = row[15:].tobytes()
     return values
+
+
+def slot_of(lane: Lane, slot: int) -> memoryview:
+    return lane.buffer[slot * lane.stride : (slot + 1) * lane.stride]
 
 
 def compute(lane: Lane, slots: Sequence[int]) -> mx.array:
@@ -175,26 +180,24 @@ def test_arrays_are_what_the_buffers_hold(layout: Layout, slots: int, seed: int)
     lane = bank.take(range(slots))
     random = np.random.default_rng(seed)
     for _ in range(2):
-        for buffer in lane.buffers:
-            buffer[:] = random.bytes(layout.stride)
+        lane.buffer[:] = random.bytes(len(lane.buffer))
         for part in layout.parts:
             array = lane.arrays(layout)[part.name]
             assert array.shape == (slots, *part.shape)
             got = np.array(mx.contiguous(array).reshape(slots, -1).view(mx.uint8))
             assert got.shape[1] == part.nbytes
-            for slot, buffer in enumerate(lane.buffers):
-                assert got[slot].tobytes() == bytes(
-                    buffer[part.offset : part.offset + part.nbytes]
-                ), (part, slot)
+            for slot in range(slots):
+                held = slot_of(lane, slot)[part.offset : part.offset + part.nbytes]
+                assert got[slot].tobytes() == bytes(held), (part, slot)
 
 
 def test_slots_are_aligned_and_apart() -> None:
     bank = Bank(SLOTS, 3 * RECORD_ALIGNMENT)
     starts = []
     for lane in bank.lanes:
-        for buffer in lane.buffers:
-            assert len(buffer) == bank.stride
-            starts.append(np.frombuffer(buffer, np.uint8).ctypes.data)
+        assert len(lane.buffer) == lane.slots * bank.stride
+        assert np.frombuffer(lane.buffer, np.uint8).ctypes.data == lane.address
+        starts += [lane.address + slot * bank.stride for slot in range(lane.slots)]
     assert all(start % RECORD_ALIGNMENT == 0 for start in starts)
     gaps = np.diff(sorted(starts))
     assert len(starts) == SLOTS

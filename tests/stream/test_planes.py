@@ -100,8 +100,7 @@ def test_every_pair_is_computed_from_its_own_planes(
         streamer = layer.streamer
         # Other bytes than a record's, as an earlier expert may have left them there.
         for memory in streamer.bank.lanes:
-            for buffer in memory.buffers:
-                buffer[:] = random.bytes(len(buffer))
+            memory.buffer[:] = random.bytes(len(memory.buffer))
         streamer.precision = Precision(0, ("prompt",))
         streamer.phase = "prompt" if in_prompt else "reply"
         got = layer.experts(x, indices, None if asked == "by phase" else full)

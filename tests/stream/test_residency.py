@@ -43,8 +43,7 @@ def test_bytes_from_the_disk_are_counted(tmp_path: Path) -> None:
                 if Residency(store).cached(0, 0):
                     pytest.skip("this file system drops nothing")
             before = bytes_from_disk()
-            for segment in (*store.segments(0, 0), *store.segments(0, 1)):
-                reader.read([(segment, memoryview(bytearray(segment.length)))])
+            reader.read(store.pieces(0, [0, 1], stride), memoryview(bytearray(2 * stride)))
             now = bytes_from_disk()
             assert before is not None
             assert now is not None
@@ -71,8 +70,8 @@ def test_an_expert_is_cached_until_it_is_dropped(tmp_path: Path) -> None:
         # Half of one is not one.
         drop(file, 4 * stride, stride // 2)
         assert not residency.cached(0, 4)
-        (segment,) = store.segments(0, 3)
-        os.pread(segment.fd, segment.length, segment.offset)
+        ((fd, offset, length, _),) = store.pieces(0, [3]).tolist()
+        os.pread(fd, length, offset)
         assert residency.cached(0, 3)
         assert not residency.cached(0, 2)
     finally:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flash_moe.checkpoint.folder import open_folder
@@ -20,11 +20,13 @@ from flash_moe.errors import OptionError, ReadFailed
 from flash_moe.format.layout import (
     make_layout,
 )
+from flash_moe.native.build import find_compiler
 from flash_moe.options import ReadMode
 from flash_moe.pack.job import PackJob
 from flash_moe.stream.bank import Bank
+from flash_moe.stream.native_reader import load_native_reader
 from flash_moe.stream.reader import SERIAL_BELOW, Reader
-from flash_moe.stream.store import ExpertStore, Segment
+from flash_moe.stream.store import FILE, ExpertStore, Pieces
 from tests.strategies import tiny_checkpoint
 
 CONTENT = np.random.default_rng(7).bytes(3 * SERIAL_BELOW + 12345)
@@ -69,7 +71,7 @@ def runs(draw: st.DrawFn, experts: int, files: list[Path]) -> list[Run]:
             offsets = draw(st.lists(spread, min_size=experts, max_size=experts))
             places = draw(st.lists(st.sampled_from(files), min_size=experts, max_size=experts))
             run = Run(places[0], 0, 0, length, at, tuple(offsets), tuple(places))
-        drawn.append(run)
+        drawn.append(replace(run, second_plane=draw(st.booleans())))
         at += length
     return drawn
 
@@ -83,70 +85,51 @@ def place_of(run: Run, expert: int) -> tuple[Path, int]:
 
 @given(st.data())
 @settings(max_examples=150, deadline=None)
-def test_segments_are_the_runs(file: Path, data: st.DataObject) -> None:
+def test_pieces_are_the_runs(file: Path, data: st.DataObject) -> None:
+    """Of some experts one after the other in a buffer, second planes only of those in full."""
     other = file.with_name("others")
     if not other.exists():
         other.write_bytes(CONTENT[::-1])
     contents = {file: CONTENT, other: CONTENT[::-1]}
-    experts = data.draw(st.integers(1, 4))
-    drawn = data.draw(runs(experts, [file, other]))
+    count = data.draw(st.integers(1, 4))
+    drawn = data.draw(runs(count, [file, other]))
     nbytes = drawn[-1].at + drawn[-1].length
     layout = make_layout([("up", "weight", "uint8", (nbytes,))], [("up", None)])
-    store = ExpertStore([ExpertLayer("mlp", experts, layout, tuple(drawn))])
-    reader = Reader(1)
+    experts = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=6))
+    full = data.draw(
+        st.none() | st.lists(st.booleans(), min_size=len(experts), max_size=len(experts))
+    )
+    store = ExpertStore([ExpertLayer("mlp", count, layout, tuple(drawn))])
+    reader = Reader(data.draw(st.integers(1, 3)), native=data.draw(st.booleans()))
     try:
-        for expert in range(experts):
-            segments = store.segments(0, expert)
-            _assert_disjoint_and_joined(segments, nbytes)
-            slot = memoryview(bytearray(b"\xee" * layout.stride))
-            reader.read([(s, slot[s.at : s.at + s.length]) for s in segments])
-            expected = bytearray(b"\xee" * layout.stride)
+        pieces = store.pieces(0, experts, layout.stride, full if full is None else np.array(full))
+        buffer = memoryview(bytearray(b"\xee" * layout.stride * len(experts)))
+        reader.read(pieces, buffer)
+        expected = bytearray(b"\xee" * len(buffer))
+        for slot, expert in enumerate(experts):
             for run in drawn:
+                if run.second_plane and full is not None and not full[slot]:
+                    continue
                 path, offset = place_of(run, expert)
                 part = contents[path][offset : offset + run.length]
-                expected[run.at : run.at + run.length] = part
-            assert bytes(slot) == bytes(expected)
+                at = slot * layout.stride + run.at
+                expected[at : at + run.length] = part
+        assert bytes(buffer) == bytes(expected)
     finally:
+        reader.close()
         store.close()
 
 
-def _assert_disjoint_and_joined(segments: list[Segment], nbytes: int) -> None:
-    ordered = sorted(segments, key=lambda s: s.at)
-    assert ordered[0].at >= 0
-    assert ordered[-1].at + ordered[-1].length <= nbytes
-    for left, right in itertools.pairwise(ordered):
-        assert left.at + left.length <= right.at
-        # Two that touch on disk and in the slot would have been one.
-        assert (left.fd, left.offset + left.length, left.at + left.length) != (
-            right.fd,
-            right.offset,
-            right.at,
-        )
-
-
-def test_neighbours_in_different_files_stay_apart(file: Path) -> None:
-    other = file.with_name("other")
-    other.write_bytes(CONTENT[:100])
-    layout = make_layout([("up", "weight", "uint8", (32,))], [("up", None)])
-    halves = (Run(file, 0, 0, 16, 0), Run(other, 16, 0, 16, 16))
-    store = ExpertStore([ExpertLayer("mlp", 1, layout, halves)])
-    first, second = store.segments(0, 0)
-    assert first.fd != second.fd
-    assert (first[1:], second[1:]) == ((0, 16, 0), (16, 16, 16))
-    store.close()
-
-
-def test_a_packed_expert_is_one_aligned_segment(checkpoint: Path) -> None:
+def test_a_packed_expert_is_one_aligned_piece(checkpoint: Path) -> None:
     layers = open_skeleton(open_folder(checkpoint / "pack")).layers()
     store = ExpertStore(layers)
     for number, layer in enumerate(layers):
         file = checkpoint / "pack" / f"layer_{number:03}.experts"
+        stride = layer.layout.stride
         for expert in range(layer.experts):
-            (segment,) = store.segments(number, expert)
-            assert segment.offset == expert * layer.layout.stride
-            assert segment.at == 0
-            assert segment.length == layer.layout.stride
-            assert os.path.samestat(os.fstat(segment.fd), file.stat())
+            ((fd, *place),) = store.pieces(number, [expert]).tolist()
+            assert place == [expert * stride, stride, 0]
+            assert os.path.samestat(os.fstat(fd), file.stat())
     store.close()
 
 
@@ -154,12 +137,12 @@ def test_missing_file(tmp_path: Path) -> None:
     layout = make_layout([("up", "weight", "uint8", (8,))], [("up", None)])
     store = ExpertStore([packed_layer("mlp", 1, layout, tmp_path / "missing")])
     with pytest.raises(ReadFailed, match="missing"):
-        store.segments(0, 0)
+        store.pieces(0, [0])
 
 
 def test_closing_closes_every_file(checkpoint: Path) -> None:
     store = ExpertStore(open_skeleton(open_folder(checkpoint / "pack")).layers())
-    fds = [store.segments(number, 0)[0].fd for number in range(len(store.layers))]
+    fds = [store.pieces(number, [0])[0, FILE] for number in range(len(store.layers))]
     store.close()
     for fd in fds:
         with pytest.raises(OSError, match="Bad file descriptor"):
@@ -169,70 +152,98 @@ def test_closing_closes_every_file(checkpoint: Path) -> None:
 # Reader
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(0, len(CONTENT) - 1), st.integers(0, 2 * SERIAL_BELOW)), max_size=6
-    ),
-    st.integers(1, 9),
-    st.integers(1, 20),
+@pytest.fixture(params=[True, False], ids=["native", "Python"])
+def native(request: pytest.FixtureRequest) -> bool:
+    if request.param and find_compiler() is None:
+        pytest.skip("this machine has no C compiler")
+    assert not request.param or load_native_reader() is not None
+    return bool(request.param)
+
+
+@given(st.data())
+@settings(
+    max_examples=80,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@settings(max_examples=80, deadline=None)
-def test_reader_reads_what_is_there(
-    file: Path, places: list[tuple[int, int]], threads: int, chunk: int
-) -> None:
-    reader = Reader(threads, chunk * 16384)
-    fd = os.open(file, os.O_RDONLY)
-    try:
-        targets = []
-        for offset, length in places:
-            length = min(length, len(CONTENT) - offset)
-            targets.append((Segment(fd, offset, length, 0), memoryview(bytearray(length))))
-        reader.read(targets)
-        for segment, buffer in targets:
-            assert buffer == CONTENT[segment.offset : segment.offset + segment.length]
-        assert reader.counters.nbytes == sum(segment.length for segment, _ in targets)
-    finally:
-        reader.close()
-        os.close(fd)
+def test_reader_reads_what_is_there(file: Path, native: bool, data: st.DataObject) -> None:
+    """Pieces of any length and order, some of them neighbours, and nothing beside them."""
+    lengths = st.integers(0, 2 * SERIAL_BELOW) | st.integers(0, 3000)
+    pieces, at = [], 0
+    with file.open("rb") as opened:
+        for _ in range(data.draw(st.integers(0, 90))):
+            if pieces and data.draw(st.booleans()):
+                offset = pieces[-1][1] + pieces[-1][2]
+            else:
+                at += data.draw(st.integers(0, 9))
+                offset = data.draw(st.integers(0, len(CONTENT) - 1))
+            length = min(data.draw(lengths), len(CONTENT) - offset)
+            pieces.append([opened.fileno(), offset, length, at])
+            at += length
+        data.draw(st.randoms(use_true_random=False)).shuffle(pieces)
+        reader = Reader(
+            data.draw(st.integers(1, 9)), data.draw(st.integers(1, 20)) * 16384, native=native
+        )
+        buffer, expected = memoryview(bytearray(at + 9)), bytearray(at + 9)
+        try:
+            reader.read(rows(pieces), buffer)
+        finally:
+            reader.close()
+    for _, offset, length, start in pieces:
+        expected[start : start + length] = CONTENT[offset : offset + length]
+    assert buffer == expected
+    assert reader.counters.nbytes == sum(length for _, _, length, _ in pieces)
+
+
+def rows(pieces: list[list[int]]) -> Pieces:
+    return np.array(pieces, np.int64).reshape(-1, 4)
 
 
 @pytest.mark.parametrize("threads", [1, 8])
 @pytest.mark.parametrize("length", [100, 2 * SERIAL_BELOW])
 @pytest.mark.parametrize("missing", [1, 99])
-def test_a_short_file(file: Path, threads: int, length: int, missing: int) -> None:
-    reader = Reader(threads)
+def test_a_short_file(file: Path, native: bool, threads: int, length: int, missing: int) -> None:
+    reader = Reader(threads, native=native)
     with file.open("rb") as opened:
-        start = len(CONTENT) - length + missing
-        segment = Segment(opened.fileno(), start, length, 0)
+        piece = [opened.fileno(), len(CONTENT) - length + missing, length, 0]
         with pytest.raises(ReadFailed, match=f"ends at byte {len(CONTENT)}, {missing} bytes early"):
-            reader.read([(segment, memoryview(bytearray(length)))])
+            reader.read(rows([piece]), memoryview(bytearray(length)))
     reader.close()
 
 
 @pytest.mark.parametrize("length", [100, 2 * SERIAL_BELOW])
-def test_a_closed_file(file: Path, length: int) -> None:
+def test_a_closed_file(file: Path, native: bool, length: int) -> None:
     fd = os.open(file, os.O_RDONLY)
     os.close(fd)
-    reader = Reader()
+    reader = Reader(native=native)
     with pytest.raises(ReadFailed, match="Bad file descriptor"):
-        reader.read([(Segment(fd, 0, length, 0), memoryview(bytearray(length)))])
+        reader.read(rows([[fd, 0, length, 0]]), memoryview(bytearray(length)))
     reader.close()
 
 
-def test_no_thread_writes_after_a_failure(file: Path) -> None:
-    """One bad target among good ones: when `read` raises, the buffers are the caller's again."""
-    reader = Reader(4, 16384)
+def test_a_piece_outside_of_its_buffer_is_refused(native: bool, file: Path) -> None:
+    reader = Reader(native=native)
     with file.open("rb") as opened:
-        good, other = (memoryview(bytearray(2 * SERIAL_BELOW)) for _ in range(2))
-        place = Segment(opened.fileno(), 0, len(good), 0)
-        bad = Segment(opened.fileno(), len(CONTENT), 16384, 0)
+        for piece in ([opened.fileno(), 0, 9, 8], [opened.fileno(), 0, 9, -1]):
+            with pytest.raises(ValueError, match="not within its buffer"):
+                reader.read(rows([piece]), memoryview(bytearray(16)))
+    reader.close()
+
+
+def test_no_thread_writes_after_a_failure(file: Path, native: bool) -> None:
+    """One bad piece among good ones: when `read` raises, the buffer is the caller's again."""
+    reader, length = Reader(4, 16384, native=native), 2 * SERIAL_BELOW
+    with file.open("rb") as opened:
+        buffer = memoryview(bytearray(length + 16384))
+        good = [opened.fileno(), 0, length, 0]
+        bad = [opened.fileno(), len(CONTENT), 16384, length]
         for _ in range(20):
             with pytest.raises(ReadFailed):
-                reader.read([(bad, memoryview(bytearray(16384))), (place, good)])
-            good[:] = bytes(len(good))
-            # The threads take pieces in turn: after these, none of the failed read's is left.
-            reader.read([(place, other)])
-            assert not any(good)
+                reader.read(rows([bad, good]), buffer)
+            buffer[:] = bytes(len(buffer))
+            # The threads take tasks in turn: after these, none of the failed read's is left.
+            reader.read(rows([good]), memoryview(bytearray(length)))
+            assert not any(buffer)
     reader.close()
 
 
@@ -252,11 +263,9 @@ def expert_bytes(folder: Path, mode: ReadMode) -> list[bytes]:
     parts = []
     try:
         for number, layer in enumerate(layers):
-            buffer = Bank(2, layer.layout.stride).take([0]).buffers[0]
+            buffer = Bank(2, layer.layout.stride).take([0]).buffer
             for expert in range(layer.experts):
-                reader.read(
-                    [(s, buffer[s.at : s.at + s.length]) for s in store.segments(number, expert)]
-                )
+                reader.read(store.pieces(number, [expert]), buffer)
                 parts += [bytes(buffer[p.offset : p.offset + p.nbytes]) for p in layer.layout.parts]
     finally:
         store.close()

@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "native_pool.h"
+#include "../native/pool.h"
 #include "native_product.h"
 
 struct expert {

@@ -21,8 +21,9 @@ from flash_moe.native.build import Library, build
 KERNELS = Library(
     "native",
     "the native kernels",
-    tuple(
-        Path(__file__).with_name(f"native{n}") for n in (".c", "_pool.h", "_product.h", "_simd.h")
+    (
+        *(Path(__file__).with_name(f"native{n}") for n in (".c", "_product.h", "_simd.h")),
+        Path(__file__).parents[1] / "native" / "pool.h",
     ),
 )
 MOST_THREADS = 256

@@ -35,7 +35,8 @@ class NativeKernel:
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
     """`broken` and `faster` are sentences for the user, each with the command that helps. The
-    runtime is None if MLX cannot be loaded; `native` is None where those kernels are not used."""
+    runtime is None if MLX cannot be loaded; `native` is None where those kernels are not used.
+    `reader`: what reads experts, native or Python."""
 
     runtime: str | None
     why: str
@@ -46,6 +47,7 @@ class Diagnosis:
     device: str | None
     backends: Backends
     native: NativeKernel | None
+    reader: str
     machine: Machine
 
     @classmethod
@@ -71,13 +73,14 @@ def _diagnose() -> Diagnosis:
     except ImportError as error:
         why = f"MLX cannot be loaded: {error}"
         broken = broken or (mend_import(str(error), mlx, backends),)
-        return Diagnosis(None, why, (), broken, False, mlx, None, backends, None, machine)
+        return Diagnosis(None, why, (), broken, False, mlx, None, backends, None, "", machine)
     runtime = choose_runtime()
     on_gpu = runtime.name in ("metal", "cuda")
     native = _native() if runtime.name == "native" else None
+    reader, no_reader = _reader()
     advice = (
         None if on_gpu or broken else gpu_advice(mlx, backends),
-        runtime.faster,
+        runtime.faster or no_reader,
         MOVE_CACHE if native and not native.kept else None,
     )
     return Diagnosis(
@@ -90,6 +93,7 @@ def _diagnose() -> Diagnosis:
         device="GPU" if on_gpu else "CPU",
         backends=backends,
         native=native,
+        reader=reader,
         machine=machine,
     )
 
@@ -103,6 +107,18 @@ def _native() -> NativeKernel:
     folder = cache_folder()
     kept = folder is not None and file.startswith(f"{folder}/")
     return NativeKernel(native.simd, native.threads, find_compiler(), file, kept)
+
+
+def _reader() -> tuple[str, str | None]:
+    """What reads experts, and why that is not the native reader."""
+    from flash_moe.errors import NativeUnavailable
+    from flash_moe.stream.native_reader import load_native_reader
+
+    try:
+        load_native_reader()
+    except NativeUnavailable as error:
+        return "Python", str(error)
+    return "native", None
 
 
 def _version() -> str | None:

@@ -22,7 +22,7 @@ from flash_moe.errors import NotContiguous
 from flash_moe.format.layout import Layout, Part
 from flash_moe.pack.transform import Arrays, ExpertTransform
 from flash_moe.stream.reader import Reader
-from flash_moe.stream.store import ExpertStore, Target
+from flash_moe.stream.store import ExpertStore
 
 # One batch of records is read while the one before is hashed and written.
 BATCH_BYTES = 64 << 20
@@ -68,7 +68,7 @@ def copy_records(file: Path, layer: ExpertLayer, progress: Advance) -> Checksums
         for turn, first in enumerate(range(0, layer.experts, batch)):
             buffer = buffers[turn % 2]
             experts = range(first, min(first + batch, layer.experts))
-            reader.read(_targets(store, experts, buffer, stride))
+            reader.read(store.pieces(0, experts, stride), buffer)
             if pending is not None:
                 pending.result()
             pending = writer.submit(write, out, buffer[: len(experts) * stride])
@@ -130,7 +130,7 @@ def _projections(skeleton: Skeleton, path: str) -> Iterator[tuple[int, str, Arra
     buffer = memoryview(bytearray(stride))
     with _opened(layer) as (store, reader):
         for expert in range(layer.experts):
-            reader.read(_targets(store, range(expert, expert + 1), buffer, stride))
+            reader.read(store.pieces(0, [expert]), buffer)
             for name, _ in layer.layout.quantization:
                 parts = [part for part in layer.layout.parts if part.projection == name]
                 yield expert, name, {part.param: _array(buffer, part) for part in parts}
@@ -147,18 +147,12 @@ def _computed_projections(skeleton: Skeleton, path: str) -> Iterator[tuple[int, 
 
 @contextmanager
 def _opened(layer: ExpertLayer) -> Iterator[tuple[ExpertStore, Reader]]:
-    store, reader = ExpertStore([layer]), Reader()
+    store, reader = ExpertStore([layer], in_order=True), Reader()
     try:
         yield store, reader
     finally:
         reader.close()
         store.close()
-
-
-def _targets(store: ExpertStore, experts: range, view: memoryview, stride: int) -> list[Target]:
-    """One record after the other."""
-    slots = [view[slot * stride : (slot + 1) * stride] for slot in range(len(experts))]
-    return store.targets(0, experts, slots)
 
 
 def _arrays_of(projection: nn.Module) -> Arrays:

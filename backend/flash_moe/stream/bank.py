@@ -37,12 +37,13 @@ class State(Enum):
 
 @dataclass(slots=True)
 class Lane:
-    """Half of the bank. `take` → fill `buffers` → compute from `arrays` → `fence(output)`."""
+    """Half of the bank. `take` → fill `buffer` → compute from `arrays` → `fence(output)`."""
 
     slots: int
     stride: int
     memory: mx.array
-    buffers: list[memoryview]
+    buffer: memoryview
+    address: int
     owners: tuple[int, ...] = ()
     state: State = State.FREE
     _output: mx.array | None = None
@@ -72,10 +73,6 @@ class Lane:
         if self._words is None:
             self._words = self.memory.view(mx.uint32)
         return self._words
-
-    @property
-    def address(self) -> int:
-        return address_of(self.memory)
 
     def fence(self, output: mx.array) -> None:
         """Declare what is computed from this lane; its slots stay untouched until it is."""
@@ -166,8 +163,7 @@ def _copies_to_device() -> bool:
 
 def _lane(slots: int, stride: int) -> Lane:
     memory = _aligned(slots * stride)
-    raw = raw_bytes(memory)
-    return Lane(slots, stride, memory, [raw[i * stride : (i + 1) * stride] for i in range(slots)])
+    return Lane(slots, stride, memory, raw_bytes(memory), address_of(memory))
 
 
 def _aligned(nbytes: int) -> mx.array:

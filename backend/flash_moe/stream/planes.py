@@ -29,11 +29,11 @@ def sort_key(slots: U32) -> U32:
     return slots << np.uint32(1) | slots >> np.uint32(31)
 
 
-def experts_in_full(slots: U32, experts: int) -> list[bool]:
+def experts_in_full(slots: U32, experts: int) -> Flags:
     """Which experts have a pair that is computed in full, so that both planes must be read."""
     flags = np.zeros(experts, np.bool_)
     flags[slots[slots >= FULL] & SLOT_MASK] = True
-    return flags.tolist()
+    return flags
 
 
 def compute(switch: nn.Module, layout: Layout, arrays: Arrays, x: mx.array, slots: U32) -> mx.array:

@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from flash_moe.stream.store import ExpertStore, Segment
+from flash_moe.stream.store import ExpertStore
 
 PROBES = 4
 
@@ -30,12 +30,13 @@ class Residency:
 
     def cached(self, layer: int, expert: int, full: bool = True) -> bool:
         """Whether what would be read of an expert is there."""
-        return all(self._in_memory(s) for s in self.store.segments(layer, expert, full))
+        pieces = self.store.pieces(layer, [expert], full=np.array([full]))
+        return all(self._in_memory(*piece[:3]) for piece in pieces.tolist())
 
-    def _in_memory(self, segment: Segment) -> bool:
-        mapped = self._mapped(segment.fd)
-        last = (segment.offset + segment.length - 1) // mmap.PAGESIZE
-        first = segment.offset // mmap.PAGESIZE
+    def _in_memory(self, fd: int, offset: int, length: int) -> bool:
+        mapped = self._mapped(fd)
+        last = (offset + length - 1) // mmap.PAGESIZE
+        first = offset // mmap.PAGESIZE
         pages = {first + (last - first) * probe // (PROBES - 1) for probe in range(PROBES)}
         return all(_resident(mapped, page) for page in pages)
 

@@ -12,7 +12,7 @@ plane alone (precision.py). An expert is read in full if one of its pairs needs 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,7 +28,7 @@ from flash_moe.stream import planes
 from flash_moe.stream.bank import Bank, Lane
 from flash_moe.stream.precision import Flags, Precision
 from flash_moe.stream.reader import Reader
-from flash_moe.stream.store import EVERY, ExpertStore
+from flash_moe.stream.store import ExpertStore
 
 # Hears of the experts that a layer's router chose, for every token and rank.
 RoutingObserver = Callable[[int, U32], None]
@@ -66,11 +66,12 @@ class Streamer:
         self.readback_seconds += time.perf_counter() - start
         return chosen
 
-    def load(self, layer: int, experts: list[int], full: Iterable[bool] = EVERY) -> Lane:
+    def load(self, layer: int, experts: list[int], full: Flags | None = None) -> Lane:
         """Read experts of a layer, in full or their first planes, into the next lane; expert
         `experts[i]` is in slot i."""
         lane = self.bank.take(experts)
-        self.reader.read(self.store.targets(layer, experts, lane.buffers, full))
+        pieces = self.store.pieces(layer, experts, self.bank.stride, full)
+        self.reader.read(pieces, lane.buffer)
         self.reader.counters.experts += len(experts)
         return lane
 
@@ -153,7 +154,7 @@ class StreamedLayer:
         return experts.tolist(), slots
 
     def _load(self, experts: list[int], slots: U32) -> Lane:
-        full: Iterable[bool] = EVERY
+        full: Flags | None = None
         if self._two_planes:
             full = planes.experts_in_full(slots, len(experts))
         return self.streamer.load(self.number, experts, full)

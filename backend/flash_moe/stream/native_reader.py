@@ -1,0 +1,49 @@
+"""The reader in C, typed: what is read is checked against where it goes, so that no call can leave
+its memory."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from flash_moe.native.build import Library, build
+from flash_moe.stream.store import Pieces
+
+LIBRARY = Library(
+    "reading",
+    "the reader",
+    (Path(__file__).with_name("reading.c"), Path(__file__).parents[1] / "native" / "pool.h"),
+)
+
+
+class NativeReader:
+    """The reading threads of one compiled library, shared by all who use it."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, number = ctypes.c_void_p, ctypes.c_uint64
+        library.flash_read.argtypes = [pointer, number, pointer, number, ctypes.c_int, pointer]
+        library.flash_read.restype = ctypes.c_int64
+        self._library = library
+
+    def read(self, pieces: Pieces, into: memoryview, task: int, threads: int) -> tuple[int, int]:
+        """Tasks of `task` bytes. (0, 0), or errno (-1: a file ends early) and the piece."""
+        buffer = np.frombuffer(into, np.uint8)
+        failed = ctypes.c_int64()
+        error = self._library.flash_read(
+            pieces.ctypes.data,
+            len(pieces),
+            buffer.ctypes.data,
+            task,
+            threads,
+            ctypes.byref(failed),
+        )
+        return error, failed.value
+
+
+@cache
+def load_native_reader() -> NativeReader:
+    """Compiled on the first use on a machine, a second long. Raises NativeUnavailable."""
+    return NativeReader(build(LIBRARY))
