@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import count, islice
 from random import Random
@@ -186,3 +188,39 @@ def test_a_process_always_ends_with_the_model_closed(end: str, status: int) -> N
     )
     assert done.stdout == "1\nclosed flash-moe\n"
     assert done.returncode in (status, 130)
+
+
+BUSY = """
+import sys, time
+from flash_moe.thread import InferenceThread
+
+def work(cancelled):
+    yield 1
+    print("begun", flush=True)
+    while not cancelled():
+        time.sleep(0.001)
+    time.sleep(600)
+
+stream = InferenceThread().iterate(work)
+next(stream)
+try:
+    next(stream)
+except KeyboardInterrupt:
+    sys.exit(1)
+"""
+
+
+def test_ctrl_c_while_a_process_ends_is_the_end_of_it() -> None:
+    """It must not break off the wait for a thread that is within MLX: that crashes."""
+    arguments, path = [sys.executable, "-c", BUSY], {"PYTHONPATH": ":".join(sys.path)}
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=path) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begun\n"
+            # The first ends the wait for an item, the second that for the end of the work.
+            while process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.2)
+            assert process.returncode == -signal.SIGINT
+        finally:
+            process.kill()

@@ -9,7 +9,9 @@ interrupted while it does.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import queue
+import signal
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
@@ -101,6 +103,10 @@ class InferenceThread:
     def _watch(self) -> None:
         """The interpreter ends the main thread first and then waits for the others."""
         threading.main_thread().join()
+        # One more Ctrl-C would break off that wait, and the inference thread within MLX, which
+        # crashes. So it ends the process. `signal.signal` is for the main thread alone.
+        if callable(signal.getsignal(signal.SIGINT)):
+            ctypes.CDLL(None).signal(signal.SIGINT, signal.SIG_DFL)
         for steps in list(self._open):
             steps.cancelled.set()
         self._tasks.put(None)

@@ -45,7 +45,7 @@ def installed_llm(*arguments: object, stdin: str = "") -> subprocess.CompletedPr
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,  # kernels may be compiled, and the GPU is shared
         env=environment(),
     )
 

@@ -359,7 +359,7 @@ def test_synth_interrupted_leaves_nothing_registered(llm_home: Path, how: signal
         while running.poll() is None and not list(folder.glob("*.partial/*.safetensors")):
             time.sleep(0.005)
         running.send_signal(how)
-        _, error = running.communicate(timeout=60)
+        _, error = running.communicate(timeout=600)
         if running.returncode:
             break
         works("flash-moe", "remove", "--yes", "flash-moe-demo")

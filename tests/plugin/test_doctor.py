@@ -56,7 +56,7 @@ def run(*arguments: object, **variables: str | Path | None) -> subprocess.Comple
     given = {**environment(), **{name: str(value) for name, value in variables.items() if value}}
     env = {name: text for name, text in given.items() if variables.get(name, "") is not None}
     return subprocess.run(
-        [str(LLM), *map(str, arguments)], capture_output=True, text=True, timeout=120, env=env
+        [str(LLM), *map(str, arguments)], capture_output=True, text=True, timeout=600, env=env
     )
 
 
