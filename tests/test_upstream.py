@@ -46,6 +46,39 @@ def test_a_missing_name_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failure.value.remedy is Remedy.UPGRADE_MLX_LM
 
 
+WITHOUT_TRANSFORMERS = """
+import sys
+from pathlib import Path
+from flash_moe import upstream
+for module, names in upstream.NAMES.items():
+    if module != "mlx_lm.tokenizer_utils":
+        upstream.get(module, names[0])
+assert "transformers" not in sys.modules
+assert "mlx_lm.generate" not in sys.modules
+
+upstream.get("mlx_lm.tokenizer_utils", "_infer_tool_parser")
+import mlx_lm
+assert mlx_lm.load is mlx_lm.utils.load
+assert mlx_lm.generate.__module__ == "mlx_lm.generate"
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+assert sys.modules["mlx_lm.generate"].TokenizerWrapper is TokenizerWrapper
+tokenizer = mlx_lm.utils.load_tokenizer(Path(sys.argv[1]))
+assert type(tokenizer) is TokenizerWrapper
+assert tokenizer.decode(tokenizer.encode("llama")) == "llama"
+"""
+
+
+def test_mlx_lm_is_imported_without_transformers() -> None:
+    """And is whole for whoever else wants it in the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRANSFORMERS, str(BUILT_IN[NAME])],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": ":".join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_no_other_file_imports_mlx_lm() -> None:
     """Neither a name of it, nor one that is looked up by import_module."""
     offenders = [

@@ -8,13 +8,15 @@ rely on them to do.
 from __future__ import annotations
 
 import resource
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -57,13 +59,49 @@ def get(module: str, name: str) -> Any:
     """A name of mlx-lm's, or UnsupportedModel that says which one is missing."""
     assert name in NAMES[module], f"{module}.{name} is not declared"
     try:
-        with _own_file_limits():
+        with _own_file_limits(), _without_transformers(module):
             return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UnsupportedModel(
             f"mlx-lm {version('mlx-lm')} has no {module}.{name}, which this version of "
             "flash_moe needs. Install mlx-lm 0.32.2 or a newer flash_moe."
         ) from error
+
+
+class _Package(ModuleType):
+    """mlx_lm, whose own code runs when one of its names is first asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        spec = self.__spec__
+        if name.startswith("__") or spec is None or spec.loader is None:
+            raise AttributeError(name)
+        self.__class__ = ModuleType  # type: ignore[assignment]
+        spec.loader.exec_module(self)
+        return getattr(self, name)
+
+
+@contextmanager
+def _without_transformers(module: str) -> Iterator[None]:
+    """mlx_lm and mlx_lm.utils import it for tokenizers, which we do not have from them: 0.17 s
+    instead of 0.75. Who asks them for a tokenizer still gets one."""
+    package, tokenizers = "mlx_lm", "mlx_lm.tokenizer_utils"
+    if module == tokenizers or tokenizers in sys.modules:
+        yield
+        return
+    if package not in sys.modules and (spec := find_spec(package)):
+        sys.modules[package] = module_from_spec(spec)
+        sys.modules[package].__class__ = _Package
+    later = ModuleType(tokenizers)
+    vars(later).update(
+        TokenizerWrapper=Any,  # which mlx_lm.utils has in annotations alone
+        load=lambda *args, **options: import_module(tokenizers).load(*args, **options),
+    )
+    sys.modules[tokenizers] = later
+    try:
+        yield
+    finally:
+        if sys.modules.get(tokenizers) is later:
+            del sys.modules[tokenizers]
 
 
 # -- building models ------------------------------------------------------------------------------

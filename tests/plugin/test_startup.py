@@ -34,3 +34,10 @@ def test_nothing_heavy_is_imported(arguments: tuple[str, ...]) -> None:
     modules = imported(*arguments)
     assert "llm_flash_moe.answering.models" in modules, "the plugin was not loaded: install it"
     assert not {name for name in modules if name.partition(".")[0] in HEAVY}
+
+
+def test_a_reply_needs_no_transformers() -> None:
+    modules = imported("-m", "flash-moe-tiny", "-o", "max_tokens", "3", "Hello")
+    assert "mlx_lm.models.qwen3_5" in modules
+    assert not {name for name in modules if name.partition(".")[0] in ("transformers", "torch")}
+    assert "mlx_lm.generate" not in modules
