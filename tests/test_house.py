@@ -24,7 +24,7 @@ ENGINE, PLUGIN = ROOT / "backend" / "flash_moe", ROOT / "llm_flash_moe"
 FLOORS: list[set[str]] = [
     {"errors", "callbacks"},
     {"format"},
-    {"options", "machine", "process", "mlx_library", "built_in"},
+    {"options", "machine", "process", "mlx_library", "lean_import", "built_in"},
     {"arrays", "native", "thread", "upstream"},
     {"kernels"},
     {"checkpoint"},

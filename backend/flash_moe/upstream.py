@@ -7,24 +7,29 @@ rely on them to do.
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec, module_from_spec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from threading import get_ident
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from flash_moe.errors import Remedy, UnsupportedModel
+from flash_moe.lean_import import own_file_limits, without_transformers
 
 Weights = dict[str, mx.array]
+Operation = Callable[..., Any]
+# From mlx-lm's own operation, which computes what the new one does not.
+Replacement = Callable[[Operation], Operation]
+
+GATED_DELTA = "mlx_lm.models.gated_delta"
 
 # Less than the likeliest of a million tokens has at least, so that it alone is left, as by any
 # smaller share. One that is 0 in float32 makes mlx-lm read beyond the end of the logits.
@@ -48,6 +53,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "SwitchLinear",
         "QuantizedSwitchLinear",
     ),
+    GATED_DELTA: ("gated_delta_ops",),
     "mlx_lm.models.qwen3_next": ("Qwen3NextSparseMoeBlock",),
     "mlx_lm.models.qwen3_moe": ("Qwen3MoeSparseMoeBlock",),
     "mlx_lm.models.qwen3_5_moe": ("Model", "ModelArgs"),
@@ -59,49 +65,13 @@ def get(module: str, name: str) -> Any:
     """A name of mlx-lm's, or UnsupportedModel that says which one is missing."""
     assert name in NAMES[module], f"{module}.{name} is not declared"
     try:
-        with _own_file_limits(), _without_transformers(module):
+        with own_file_limits(), without_transformers(module):
             return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UnsupportedModel(
             f"mlx-lm {version('mlx-lm')} has no {module}.{name}, which this version of "
             "flash_moe needs. Install mlx-lm 0.32.2 or a newer flash_moe."
         ) from error
-
-
-class _Package(ModuleType):
-    """mlx_lm, whose own code runs when one of its names is first asked for."""
-
-    def __getattr__(self, name: str) -> Any:
-        spec = self.__spec__
-        if name.startswith("__") or spec is None or spec.loader is None:
-            raise AttributeError(name)
-        self.__class__ = ModuleType  # type: ignore[assignment]
-        spec.loader.exec_module(self)
-        return getattr(self, name)
-
-
-@contextmanager
-def _without_transformers(module: str) -> Iterator[None]:
-    """mlx_lm and mlx_lm.utils import it for tokenizers, which we do not have from them: 0.17 s
-    instead of 0.75. Who asks them for a tokenizer still gets one."""
-    package, tokenizers = "mlx_lm", "mlx_lm.tokenizer_utils"
-    if module == tokenizers or tokenizers in sys.modules:
-        yield
-        return
-    if package not in sys.modules and (spec := find_spec(package)):
-        sys.modules[package] = module_from_spec(spec)
-        sys.modules[package].__class__ = _Package
-    later = ModuleType(tokenizers)
-    vars(later).update(
-        TokenizerWrapper=Any,  # which mlx_lm.utils has in annotations alone
-        load=lambda *args, **options: import_module(tokenizers).load(*args, **options),
-    )
-    sys.modules[tokenizers] = later
-    try:
-        yield
-    finally:
-        if sys.modules.get(tokenizers) is later:
-            del sys.modules[tokenizers]
 
 
 # -- building models ------------------------------------------------------------------------------
@@ -141,22 +111,30 @@ def without_contiguous() -> Iterator[None]:
 
 
 @contextmanager
-def _own_file_limits() -> Iterator[None]:
-    """mlx_lm.utils sets the limits of open files to (2048, 4096) when imported, the hard one for
-    good. Within, it can only raise the soft one, which checkpoints of many files need on a Mac."""
+def operations(attention: Replacement, gated_delta: Replacement) -> Iterator[None]:
+    """Inside, mlx-lm's models compute these two, in this thread, by what is made of their own
+    functions: attention and the gated delta rule, both slow in MLX on a CPU."""
+    get(GATED_DELTA, "gated_delta_ops")
+    with (
+        _in_this_thread(mx.fast, "scaled_dot_product_attention", attention),
+        _in_this_thread(sys.modules[GATED_DELTA], "gated_delta_ops", gated_delta),
+    ):
+        yield
 
-    def raise_soft_limit(kind: int, limits: tuple[int, int]) -> None:
-        soft, hard = resource.getrlimit(kind)
-        most = limits[0] if hard == resource.RLIM_INFINITY else min(limits[0], hard)
-        if soft != resource.RLIM_INFINITY and soft < most:
-            setrlimit(kind, (most, hard))
 
-    setrlimit = resource.setrlimit
-    resource.setrlimit = raise_soft_limit
+@contextmanager
+def _in_this_thread(owner: Any, name: str, replacement: Replacement) -> Iterator[None]:
+    own, thread = getattr(owner, name), get_ident()
+    made = replacement(own)
+
+    def chosen(*args: Any, **options: Any) -> Any:
+        return (made if get_ident() == thread else own)(*args, **options)
+
+    setattr(owner, name, chosen)
     try:
         yield
     finally:
-        resource.setrlimit = setrlimit
+        setattr(owner, name, own)
 
 
 # -- modules --------------------------------------------------------------------------------------
@@ -260,7 +238,7 @@ def tool_parser(name: str) -> Any:
     """The module with `tool_call_start`, `tool_call_end` and `parse_tool_call`, or
     UnsupportedModel."""
     try:
-        with _own_file_limits():
+        with own_file_limits():
             return import_module(f"mlx_lm.tool_parsers.{name}")
     except ImportError as error:
         raise UnsupportedModel(

@@ -267,4 +267,7 @@ void flash_router(const float *logits, uint32_t *ids, float *weights, uint64_t t
     pool_leave();
 }
 
+#include "native_attention.h"
+#include "native_delta.h"
+
 const char *flash_simd(void) { return SIMD; }

@@ -18,15 +18,20 @@ from flash_moe.kernels.structs import Resident, spec_struct
 from flash_moe.native.arguments import require, require_array
 from flash_moe.native.build import Library, build
 
+SOURCES = (".c", "_attention.h", "_delta.h", "_product.h", "_simd.h")
 KERNELS = Library(
     "native",
     "the native kernels",
     (
-        *(Path(__file__).with_name(f"native{n}") for n in (".c", "_product.h", "_simd.h")),
+        *(Path(__file__).with_name(f"native{source}") for source in SOURCES),
         Path(__file__).parents[1] / "native" / "pool.h",
     ),
 )
 MOST_THREADS = 256
+# The columns of a head: a multiple of two vectors of any processor, and as many as there is room.
+HEAD_STEP, WIDEST_HEAD = 32, 256
+# The widest vector of floats of any processor.
+LANES = 16
 
 
 class Native:
@@ -36,6 +41,14 @@ class Native:
         pointer, number = ctypes.c_void_p, ctypes.c_uint64
         library.flash_experts.argtypes = [pointer] * 6 + [number] * 2
         library.flash_matmul.argtypes = [pointer] * 3 + [number]
+        library.flash_attention.argtypes = [
+            *[pointer] * 4,
+            *[number] * 7,
+            ctypes.c_float,
+            ctypes.c_int,
+        ]
+        library.flash_gated_delta.argtypes = [pointer] * 7 + [number] * 5
+        library.flash_gated_delta.restype = None
         library.flash_router.argtypes = [pointer] * 3 + [number] * 3 + [ctypes.c_int]
         library.flash_router.restype = None
         library.flash_set_threads.argtypes = [ctypes.c_int]
@@ -131,6 +144,65 @@ class Native:
             logits.ctypes.data, ids.ctypes.data, weights.ctypes.data, tokens, n, k, renormalise
         )
         return ids, weights
+
+    def attention(self, q: F32, k: F32, v: F32, scale: float, causal: bool) -> F32:
+        """softmax(scale · q kᵀ) v for q [heads, rows, columns] and k, v [kv heads, keys, columns];
+        causal: the last row sees all keys, the one before all but the last. The heads of k and v
+        may lie apart."""
+        heads, rows, columns = q.shape
+        kv_heads, keys, _ = k.shape
+        fits = columns % HEAD_STEP == 0 and 0 < columns <= WIDEST_HEAD and heads % kv_heads == 0
+        require(fits, f"heads of {columns} columns, {heads} for {kv_heads}")
+        require(0 < rows <= keys or not causal, f"{rows} rows that see up to {keys} keys")
+        require(keys > 0, "no keys")
+        q = require_array("q", q, np.float32, (heads, rows, columns))
+        k, v = (
+            _rows_together(name, array, (kv_heads, keys, columns))
+            for name, array in (("k", k), ("v", v))
+        )
+        out = np.empty_like(q)
+        failed = self._library.flash_attention(
+            *(array.ctypes.data for array in (q, k, v, out)),
+            *(heads, kv_heads, rows, keys, columns),
+            *(array.strides[0] // 4 for array in (k, v)),
+            scale,
+            causal,
+        )
+        if failed:
+            raise MemoryError(f"no memory for {rows} rows of {heads} heads")
+        return out
+
+    def gated_delta(self, q: F32, k: F32, v: F32, g: F32, beta: F32, state: F32) -> tuple[F32, F32]:
+        """The gated delta rule for q, k [tokens, key heads, keys], v [tokens, heads, values] and
+        g, beta [tokens, heads], from a state [heads, values, keys]: y, like v, and the new state.
+        The result is the same for tokens in one call and in several."""
+        tokens, key_heads, keys = q.shape
+        heads, values = v.shape[1:]
+        fits = keys > 0 and keys % LANES == 0 and key_heads > 0 and heads % key_heads == 0
+        require(fits, f"heads of {keys} keys, {heads} for {key_heads}")
+        shapes = {
+            "q": (q, q.shape),
+            "k": (k, q.shape),
+            "v": (v, (tokens, heads, values)),
+            "g": (g, (tokens, heads)),
+            "beta": (beta, (tokens, heads)),
+            "state": (state, (heads, values, keys)),
+        }
+        *inputs, old = (require_array(n, a, np.float32, s) for n, (a, s) in shapes.items())
+        new, y = old.copy(), np.empty_like(inputs[2])
+        self._library.flash_gated_delta(
+            *(array.ctypes.data for array in (*inputs, new, y)),
+            *(tokens, key_heads, heads, keys, values),
+        )
+        return y, new
+
+
+def _rows_together(name: str, array: F32, shape: tuple[int, ...]) -> F32:
+    """`array` of a shape, a copy unless the rows of each head lie one after the other."""
+    require(array.dtype == np.float32, f"{name} is {array.dtype}, not float32")
+    require(array.shape == shape, f"{name} has shape {list(array.shape)}, not {list(shape)}")
+    together = array.strides[1:] == (4 * shape[2], 4) and array.strides[0] >= 0
+    return array if together else np.ascontiguousarray(array)
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from flash_moe.checkpoint.switches import companions
 from flash_moe.errors import FlashMoeError, OptionError, Remedy
 from flash_moe.kernels.backends import make_kernels
 from flash_moe.kernels.native_backend import NativeLinear
+from flash_moe.kernels.native_operations import native_operations
 from flash_moe.kernels.runtime import Runtime, choose_runtime
 from flash_moe.model.install import find_heads, install_kernels, knows_formula, renormalises
 from flash_moe.options import Settings
@@ -57,7 +59,9 @@ class StreamedModel:
     def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
         if threading.get_ident() != self._thread:
             raise FlashMoeError("A loaded model runs in the thread that loaded it.")
-        logits: mx.array = self.model(tokens, cache=cache)
+        native = self.runtime.name == "native"
+        with upstream.operations(**native_operations()) if native else nullcontext():
+            logits: mx.array = self.model(tokens, cache=cache)
         return logits
 
     def advance(self, tokens: mx.array, cache: list[Any]) -> None:
