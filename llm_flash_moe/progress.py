@@ -56,12 +56,13 @@ class StatusLine:
         if done >= total:
             self.clear()
             return
-        percent = 100 * done // total
-        sys.stderr.write(
-            f"\r\x1b[2m{self._title} {percent} % of {total:,}{self._unit}\x1b[0m\x1b[K"
-        )
-        sys.stderr.flush()
-        self._shown = True
+        self.say(f"{self._title} {100 * done // total} % of {total:,}{self._unit}")
+
+    def say(self, text: str) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\x1b[2m{text}\x1b[0m\x1b[K")
+            sys.stderr.flush()
+            self._shown = True
 
     def clear(self) -> None:
         if self._shown:

@@ -9,6 +9,8 @@ Progress = Callable[[int, int], None]
 # So much more is done.
 Advance = Callable[[int], None]
 Cancelled = Callable[[], bool]
+# What is about to take seconds, for a person.
+Notice = Callable[[str], None]
 
 
 def no_progress(done: int, total: int) -> None:
@@ -16,6 +18,10 @@ def no_progress(done: int, total: int) -> None:
 
 
 def no_advance(amount: int) -> None:
+    pass
+
+
+def no_notice(text: str) -> None:
     pass
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flash_moe.callbacks import Progress, no_progress
+from flash_moe.callbacks import Notice, Progress, no_notice, no_progress
 from flash_moe.chat.events import Event, Markers, Splitter
 from flash_moe.chat.stops import StopScanner
 from flash_moe.chat.template import with_schema
@@ -21,6 +21,7 @@ from flash_moe.errors import OptionError, Remedy
 from flash_moe.grammar.grammar import Grammar
 from flash_moe.mlx_library import find_backends
 from flash_moe.model.load import StreamedModel, load
+from flash_moe.native.build import announcing
 from flash_moe.options import MAX_TOKENS, Request, Settings
 from flash_moe.prefix.store import PrefixSettings, PrefixStore
 
@@ -44,11 +45,14 @@ class Engine:
         settings: Settings = Settings(),
         progress: Progress = no_progress,
         prefix: PrefixSettings | None = PrefixSettings(),
+        notice: Notice = no_notice,
     ) -> Engine:
-        """`prefix` says where states of prompts are saved for the next turn; None saves none."""
+        """`prefix` says where states of prompts are saved for the next turn; None saves none.
+        `notice` hears of what takes seconds on a machine's first use."""
         # The tokenizer first: what is missing there is noticed before gigabytes are read.
         tokenizer = load_tokenizer(path)
-        model = load(path, settings, progress)
+        with announcing(notice):
+            model = load(path, settings, progress)
         store = None if prefix is None else PrefixStore.open(model, tokenizer, prefix)
         return cls(model, tokenizer, store)
 

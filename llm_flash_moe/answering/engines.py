@@ -72,7 +72,9 @@ def _engine(key: Key) -> Engine:
         loading = StatusLine("loading", " bytes")
         try:
             prefix = PrefixSettings(folder=paths.prompts())
-            _loaded[key] = Engine.load(key.folder, key.settings, loading.update, prefix)
+            _loaded[key] = Engine.load(
+                key.folder, key.settings, loading.update, prefix, loading.say
+            )
         finally:
             loading.clear()
         if problem := _loaded[key].warning:

@@ -19,6 +19,23 @@ from tests.kernels.native_cases import layer
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
 
 
+def test_what_is_compiled_is_announced_and_what_is_cached_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "small.c"
+    source.write_text("int one(void) { return 1; }")
+    heard: list[str] = []
+    for _ in range(2):
+        with native_build.announcing(heard.append):
+            library = native_build.build(native_build.Library("small", "a small one", (source,)))
+        assert library.one() == 1
+    assert heard == ["compiling a small one for this processor, once"]
+    source.write_text("int one(void) { return 1; } ")
+    native_build.build(native_build.Library("small", "a small one", (source,)))
+    assert len(heard) == 1
+
+
 # -- threads and processes ----------------------------------------------------------------------
 
 

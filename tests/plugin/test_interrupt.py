@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
 from contextlib import suppress
@@ -13,11 +14,13 @@ from types import TracebackType
 
 import pytest
 
+from flash_moe.native.build import find_compiler
 from tests.plugin.terminal import LLM, environment, logged
 
 MOMENT = 0.5
 PATIENCE = 120  # seconds, for a busy machine; nothing here waits for time to pass
 CTRL_C = b"\x03"
+STATUS = re.compile(r"\r\x1b\[2m.*?(\x1b\[0m\x1b\[K|$)")
 
 
 @pytest.fixture(autouse=True)
@@ -90,8 +93,9 @@ class Terminal:
             assert self.read(), self.shown
 
     def grow(self, characters: int) -> None:
-        length = len(self.shown)
-        while len(self.shown) < length + characters:
+        """So much more is said, status lines not counted."""
+        length = len(STATUS.sub("", self.shown))
+        while len(STATUS.sub("", self.shown)) < length + characters:
             assert self.read(), self.shown
 
     def status(self) -> int:
@@ -121,6 +125,25 @@ def test_in_chat_the_reply_stops_and_is_kept_and_the_chat_goes_on() -> None:
     assert first["conversation_id"] == second["conversation_id"]
     # What was said so far is part of the conversation.
     assert second["input_tokens"] > first["input_tokens"] + first["output_tokens"] / 2
+
+
+def test_the_first_reply_says_what_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: six seconds of silence look like a fault. To a terminal alone, and gone before the
+    first word."""
+    if find_compiler() is None:
+        pytest.skip("this machine has no C compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shown = []
+    for _ in range(2):
+        with Terminal("-m", "demo", "-o", "max_tokens", "3", "Hello") as prompt:
+            assert prompt.status() == 0
+            shown.append(prompt.shown)
+    first, second = shown
+    notice = "compiling the reader for this processor, once"
+    assert 0 <= first.find(notice) < first.rfind("\r\x1b[K") < len(first) - len("\r\x1b[K")
+    assert "compiling" not in second
 
 
 def test_in_chat_ctrl_c_at_the_prompt_ends_the_chat() -> None:

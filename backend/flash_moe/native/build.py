@@ -15,10 +15,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from flash_moe.callbacks import Notice, no_notice
 from flash_moe.errors import NativeUnavailable
 
 
@@ -44,6 +48,18 @@ FLAGS = (
     "-pthread",
 )
 COMPILE_SECONDS = 300
+
+_notice: ContextVar[Notice] = ContextVar("notice", default=no_notice)
+
+
+@contextmanager
+def announcing(notice: Notice) -> Iterator[None]:
+    """Inside, `notice` hears what is compiled: the kernels take 6 s."""
+    before = _notice.set(notice)
+    try:
+        yield
+    finally:
+        _notice.reset(before)
 
 
 def find_compiler() -> str | None:
@@ -86,6 +102,7 @@ def build(library: Library, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
 def _compile(
     library: Library, compiler: str, extra_flags: tuple[str, ...], folder: Path, stem: str
 ) -> Path:
+    _notice.get()(f"compiling {library.title} for this processor, once")
     handle, temporary = tempfile.mkstemp(prefix=f"{stem}-", suffix=".tmp", dir=folder)
     os.close(handle)
     try:
