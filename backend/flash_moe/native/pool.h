@@ -168,7 +168,7 @@ static void pool_run(piece_fn run, void *context, size_t count) {
 }
 
 /* Memory on a border of 64 until the next call of this; only within enter and leave. */
-static void *pool_scratch(size_t size) {
+static __attribute__((unused)) void *pool_scratch(size_t size) {
     size = (size + 63) / 64 * 64;
     if (size > pool.scratch_size) {
         void *old = pool.scratch;
