@@ -55,6 +55,15 @@ for module, names in upstream.NAMES.items():
         upstream.get(module, names[0])
 assert "transformers" not in sys.modules
 assert "mlx_lm.generate" not in sys.modules
+assert "huggingface_hub.hf_api" not in sys.modules
+
+import huggingface_hub, mlx_lm.utils
+assert "snapshot_download" not in vars(huggingface_hub)
+try:
+    mlx_lm.utils.snapshot_download("nobody/nothing", local_files_only=True, cache_dir=sys.argv[2])
+except huggingface_hub.errors.LocalEntryNotFoundError:
+    pass
+assert huggingface_hub.snapshot_download is not mlx_lm.utils.snapshot_download
 
 upstream.get("mlx_lm.tokenizer_utils", "_infer_tool_parser")
 import mlx_lm
@@ -68,10 +77,10 @@ assert tokenizer.decode(tokenizer.encode("llama")) == "llama"
 """
 
 
-def test_mlx_lm_is_imported_without_transformers() -> None:
+def test_mlx_lm_is_imported_without_transformers(tmp_path: Path) -> None:
     """And is whole for whoever else wants it in the process."""
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TRANSFORMERS, str(BUILT_IN[NAME])],
+        [sys.executable, "-c", WITHOUT_TRANSFORMERS, str(BUILT_IN[NAME]), str(tmp_path)],
         capture_output=True,
         text=True,
         env={"PYTHONPATH": ":".join(sys.path)},

@@ -1,4 +1,4 @@
-"""Importing mlx-lm without what its import does besides: transformers, and limits of open files."""
+"""Importing mlx-lm without transformers, without downloads, without lower limits of open files."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class _Package(ModuleType):
 
 
 @contextmanager
-def without_transformers(module: str) -> Iterator[None]:
-    """mlx_lm and mlx_lm.utils import it for tokenizers, which we do not have from them: 0.17 s
-    instead of 0.75. Who asks them for a tokenizer still gets one."""
-    package, tokenizers = "mlx_lm", "mlx_lm.tokenizer_utils"
+def without_unused(module: str) -> Iterator[None]:
+    """mlx_lm and mlx_lm.utils import transformers for tokenizers and huggingface_hub for downloads,
+    which we do not have from them: 0.01 s instead of 0.75. Who asks for either still gets it."""
+    package, tokenizers, hub = "mlx_lm", "mlx_lm.tokenizer_utils", "huggingface_hub"
     if module == tokenizers or tokenizers in sys.modules:
         yield
         return
@@ -61,7 +61,29 @@ def without_transformers(module: str) -> Iterator[None]:
     )
     sys.modules[tokenizers] = later
     try:
-        yield
+        with _imported_later(import_module(hub), "snapshot_download"):
+            yield
     finally:
         if sys.modules.get(tokenizers) is later:
             del sys.modules[tokenizers]
+
+
+@contextmanager
+def _imported_later(module: ModuleType, name: str) -> Iterator[None]:
+    """A function of a module that imports it when it is first asked for: inside, asking gives one
+    that does so when it is called."""
+    if name in vars(module):
+        yield
+        return
+
+    def call(*args: Any, **options: Any) -> Any:
+        if vars(module).get(name) is call:
+            delattr(module, name)
+        return getattr(module, name)(*args, **options)
+
+    setattr(module, name, call)
+    try:
+        yield
+    finally:
+        if vars(module).get(name) is call:
+            delattr(module, name)

@@ -22,7 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flash_moe.errors import Remedy, UnsupportedModel
-from flash_moe.lean_import import own_file_limits, without_transformers
+from flash_moe.lean_import import own_file_limits, without_unused
 
 Weights = dict[str, mx.array]
 Operation = Callable[..., Any]
@@ -65,7 +65,7 @@ def get(module: str, name: str) -> Any:
     """A name of mlx-lm's, or UnsupportedModel that says which one is missing."""
     assert name in NAMES[module], f"{module}.{name} is not declared"
     try:
-        with own_file_limits(), without_transformers(module):
+        with own_file_limits(), without_unused(module):
             return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UnsupportedModel(
