@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ def without_unused(module: str) -> Iterator[None]:
     """mlx_lm and mlx_lm.utils import transformers for tokenizers and huggingface_hub for downloads,
     which we do not have from them: 0.01 s instead of 0.75. Who asks for either still gets it."""
     package, tokenizers, hub = "mlx_lm", "mlx_lm.tokenizer_utils", "huggingface_hub"
+    # As mlx_lm does: transformers would tell everybody that PyTorch is missing.
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     if module == tokenizers or tokenizers in sys.modules:
         yield
         return
