@@ -3,7 +3,7 @@
  *
  * Keys go in blocks. A block gives every query its largest score, the sum of the exponentials and
  * the weighted sum of the values; then a query's blocks are merged in order. MLX multiplies with a
- * reference BLAS on one core: 36 ms a layer for one query at 4096 keys.
+ * reference BLAS on one core: 20 ms for a query of 32 heads at 4096 keys, where this takes 2.
  */
 enum { KEYS = 256, QUERIES = 4, WIDEST = 256, PARTS = 4 << 20 /* bytes of blocks' results */ };
 

@@ -1,5 +1,4 @@
-"""The reader in C, typed: what is read is checked against where it goes, so that no call can leave
-its memory."""
+"""The reader in C, typed. `Reader.read` checks that no piece leaves its buffer."""
 
 from __future__ import annotations
 
