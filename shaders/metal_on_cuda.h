@@ -37,6 +37,9 @@ MOE_D To as_type(From v) {
 namespace metal {
 MOE_D float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 MOE_D float exp(float a) { return ::expf(a); }
+MOE_D float log(float a) { return ::logf(a); }
+MOE_D float rsqrt(float a) { return ::rsqrtf(a); }
+MOE_D float abs(float a) { return ::fabsf(a); }
 template <class T> MOE_D T max(T a, T b) { return a > b ? a : b; }
 template <class T> MOE_D T min(T a, T b) { return a < b ? a : b; }
 }  // namespace metal

@@ -8,6 +8,11 @@ import mlx.core as mx
 import numpy as np
 
 
+def on_cuda() -> bool:
+    """Whether MLX computes on an NVIDIA GPU."""
+    return bool(mx.default_device() == mx.gpu) and not mx.metal.is_available()
+
+
 def mlx_dtype(name: str) -> mx.Dtype:
     """The type that format.dtypes calls `name`."""
     found: mx.Dtype = getattr(mx, "bool_" if name == "bool" else name)

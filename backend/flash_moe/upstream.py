@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -56,6 +56,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     GATED_DELTA: ("gated_delta_ops",),
     "mlx_lm.models.qwen3_next": ("Qwen3NextSparseMoeBlock",),
     "mlx_lm.models.qwen3_moe": ("Qwen3MoeSparseMoeBlock",),
+    "mlx_lm.models.qwen3_5": ("GatedDeltaNet",),
     "mlx_lm.models.qwen3_5_moe": ("Model", "ModelArgs"),
 }
 
@@ -111,14 +112,19 @@ def without_contiguous() -> Iterator[None]:
 
 
 @contextmanager
-def operations(attention: Replacement, gated_delta: Replacement) -> Iterator[None]:
-    """Inside, mlx-lm's models compute these two, in this thread, by what is made of their own
-    functions: attention and the gated delta rule, both slow in MLX on a CPU."""
+def operations(
+    attention: Replacement | None = None, gated_delta: Replacement | None = None
+) -> Iterator[None]:
+    """Inside, mlx-lm's models compute these, in this thread, by what is made of their own
+    functions: attention, slow in MLX on a CPU, and the gated delta rule, slow in all but Metal."""
     get(GATED_DELTA, "gated_delta_ops")
-    with (
-        _in_this_thread(mx.fast, "scaled_dot_product_attention", attention),
-        _in_this_thread(sys.modules[GATED_DELTA], "gated_delta_ops", gated_delta),
-    ):
+    with ExitStack() as stack:
+        for owner, name, replacement in (
+            (mx.fast, "scaled_dot_product_attention", attention),
+            (sys.modules[GATED_DELTA], "gated_delta_ops", gated_delta),
+        ):
+            if replacement is not None:
+                stack.enter_context(_in_this_thread(owner, name, replacement))
         yield
 
 

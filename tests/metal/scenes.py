@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from flash_moe.kernels import gpu
+from flash_moe.kernels import gpu_operations as operations
 from flash_moe.kernels.interface import Shared
 from flash_moe.kernels.spec import FULL, U32, ExpertSpec, Matrix
 from tests.kernels import reference
 from tests.kernels.planes import make_planes, split_spec
 from tests.kernels.reference import Bounded, Bytes
+from tests.kernels.rules import in_float64, sigmoid
 from tests.metal.emulator import Ranges
 
 TUNING = gpu.Tuning(rows=5, simdgroups=2)
@@ -137,6 +139,49 @@ def router() -> Scene:
     return Scene(launch, [ids.astype(np.float64), weights], [np.zeros(ids.shape), weights * 1e-5])
 
 
+def gated_delta(raw: bool = False) -> Scene:
+    """Rows that do not fill a simdgroup, two heads a key; as mlx-lm gives them, or raw."""
+    heads, key_heads, tokens, keys, values = 4, 2, 3, 64, 18
+    rng = np.random.default_rng(0)
+    q, k = rng.standard_normal((2, tokens, key_heads, keys)).astype(np.float32)
+    v = rng.standard_normal((tokens, heads, values)).astype(np.float32)
+    decay, beta = rng.uniform(0.2, 0.9, (2, tokens, heads)).astype(np.float32)
+    state = rng.standard_normal((heads, values, keys)).astype(np.float32)
+    log_rate, step = rng.standard_normal((2, heads)).astype(np.float32)
+
+    def launch() -> list[mx.array]:
+        arrays = [mx.array(array)[None] for array in (q, k, v, decay, beta, state)]
+        if not raw:
+            return list(operations.gated_delta("metal", *arrays))
+        mixed = mx.concatenate([array.reshape(1, tokens, -1) for array in arrays[:3]], axis=2)
+        gates = operations.Gates(mx.array(log_rate), mx.array(step))
+        return list(operations.gated_delta_raw("metal", mixed, *arrays[3:5], gates, arrays[5], 2))
+
+    if raw:
+        unit = [x / np.sqrt((x.astype(np.float64) ** 2).sum(-1, keepdims=True)) for x in (q, k)]
+        shrink = np.exp(-np.exp(log_rate) * np.logaddexp(decay + step, 0))
+        answers = in_float64(unit[0] / np.sqrt(keys), unit[1], v, shrink, sigmoid(beta), state)
+    else:
+        answers = in_float64(q, k, v, decay, beta, state)
+    return Scene(launch, [a[None] for a in answers], [1e-5 * np.abs(a).max() for a in answers])
+
+
+def short_conv() -> Scene:
+    """Channels that do not fill a threadgroup; fewer tokens than the past is long."""
+    rng = np.random.default_rng(0)
+    x, past = (rng.standard_normal((n, 300)).astype(np.float32) for n in (2, 3))
+    weight = rng.standard_normal((300, 4)).astype(np.float32)
+
+    def launch() -> list[mx.array]:
+        arrays = (mx.array(x)[None], mx.array(past)[None], mx.array(weight)[..., None])
+        return list(operations.short_conv("metal", *arrays))
+
+    joined = np.concatenate([past, x]).astype(np.float64)
+    sums = sum(joined[i : i + 2] * weight[:, i] for i in range(4))
+    answers = [(sums * sigmoid(sums))[None], joined[2:][None]]
+    return Scene(launch, answers, [np.full(answers[0].shape, 1e-5), np.zeros(answers[1].shape)])
+
+
 SCENES: dict[str, Callable[[], Scene]] = {
     "expert_gate_up_swiglu": gate_up,
     "gate and up of planes": lambda: gate_up(2, True),
@@ -144,6 +189,9 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "expert_down_combine": down_combine,
     "combine": combine,
     "router_topk": router,
+    "gated_delta": gated_delta,
+    "gated_delta, raw": lambda: gated_delta(raw=True),
+    "short_conv": short_conv,
 }
 
 

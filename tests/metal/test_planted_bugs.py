@@ -41,6 +41,8 @@ GATE_UP, DOWN, MIX = "expert_gate_up_swiglu", "expert_down", "expert_down_combin
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 COLUMN_GUARD = "if (IN % STEP != 0 && col >= IN) break;"
 CLAMP = "metal::min(row0 + uint(r), uint(OUT - 1))"
+DELTA, RAW, RULE, CONV = "gated_delta", "gated_delta, raw", "gated_delta.metal", "short_conv"
+ROW = "row0 + uint(r)"
 COMMON, GATE, PLANES = "moe_common.h", f"{GATE_UP}.metal", "gate and up of planes"
 
 BUGS = [
@@ -104,6 +106,23 @@ BUGS = [
     Bug("ties to the highest", "router_topk", "v[i] > best", "v[i] >= best", "wrong"),
     Bug("an expert too many", "router_topk", "lane < uint(K)", "lane <= uint(K)", "canary asan"),
     Bug("no expert guard", "router_topk", "v[i] = e < uint(N) ?", "v[i] = true ?", "guard asan"),
+    Bug(
+        "no row guard on read", DELTA, "metal::min(row0 + uint(r), uint(DV - 1))", ROW, "guard asan"
+    ),
+    Bug("all lanes store", DELTA, f"lane == 0 && {ROW}", ROW, "tsan"),
+    Bug("no row guard on store", DELTA, f"lane == 0 && {ROW} < uint(DV)", "lane == 0", "tsan"),
+    Bug("forgot simd_sum", DELTA, "value - simd_sum(seen)", "value - seen", "wrong"),
+    Bug("key of another head", DELTA, "head / uint(HEADS / KEY_HEADS)", "0u", "wrong"),
+    Bug("state of the last token", DELTA, "s[r][i] *= decays[i];", "", "wrong"),
+    Bug("a token too many", DELTA, "t < tokens; t++", "t <= tokens; t++", "guard asan"),
+    Bug("lengths not taken", RAW, "ks[i] *= k_scale;", "", "wrong", RULE),
+    Bug("sign of the rate", RAW, "-metal::exp(float(log", "metal::exp(float(log", "wrong", RULE),
+    Bug("beta as it comes", RAW, "blend = 1.0f /", "if (false) blend = 1.0f /", "wrong", RULE),
+    Bug("values with the keys", RAW, "uint(V0) + rows[r]", "uint(K0) + rows[r]", "wrong", RULE),
+    Bug("no channel guard", CONV, "channel < uint(CHANNELS)", "true", "guard asan"),
+    Bug("past forgotten", CONV, "row < uint(BEFORE) ? past", "false ? past", "guard asan"),
+    Bug("a tap off", CONV, "row + uint(i);", "row + uint(i) + 1u;", "wrong guard asan"),
+    Bug("silu of nothing", CONV, "sum / (1.0f", "1.0f / (1.0f", "wrong"),
 ]
 SEEN: dict[str, dict[str, str]] = {}
 

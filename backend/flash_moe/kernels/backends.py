@@ -1,4 +1,4 @@
-"""The kernels of a runtime: those of the GPU, or the native ones."""
+"""What a runtime computes with kernels of ours: on the GPU, or native ones."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import numpy as np
 
 from flash_moe.kernels import gpu
 from flash_moe.kernels.gpu import Tuning
+from flash_moe.kernels.gpu_operations import gpu_operations
 from flash_moe.kernels.interface import Kernels, Memory, Shared
 from flash_moe.kernels.native import load_native
 from flash_moe.kernels.native_backend import NativeKernels
+from flash_moe.kernels.native_operations import native_operations
 from flash_moe.kernels.shaders import GpuKind
 from flash_moe.kernels.spec import U32, ExpertSpec, inverse
 from flash_moe.options import RuntimeName
+from flash_moe.upstream import Replacement
 
 
 def make_kernels(name: RuntimeName) -> Kernels | None:
@@ -22,6 +25,13 @@ def make_kernels(name: RuntimeName) -> Kernels | None:
     if name == "mlx":
         return None
     return NativeKernels(load_native()) if name == "native" else GpuKernels(name)
+
+
+def make_operations(name: RuntimeName) -> dict[str, Replacement]:
+    """For upstream.operations; none for plain MLX."""
+    if name == "mlx":
+        return {}
+    return native_operations() if name == "native" else gpu_operations(name)
 
 
 @dataclass(frozen=True, slots=True)

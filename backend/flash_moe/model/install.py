@@ -1,5 +1,5 @@
 """Puts our kernels into a model of mlx-lm's whose switch layers are streamed: whole mixtures where
-the formula is known, and on a CPU the resident matrices."""
+the formula is known, linear attention on a GPU, and on a CPU the resident matrices."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from flash_moe.kernels.native import load_native
 from flash_moe.kernels.native_backend import NativeKernels, NativeLinear, multiplies
 from flash_moe.kernels.runtime import Runtime
 from flash_moe.model.families import family_of
+from flash_moe.model.families.linear_attention import fuse
 from flash_moe.model.mixture import Mixture
 from flash_moe.stream.choice import ExpertChoice
 from flash_moe.stream.streamed import StreamedSwitch, Streamer
@@ -34,6 +35,8 @@ def install_kernels(
                 set_module(model, path, mixture)
         elif runtime.name == "native" and type(module) is nn.QuantizedLinear and multiplies(module):
             set_module(model, path, NativeLinear(module, NativeKernels(load_native())))
+        elif runtime.name == "cuda" or runtime.name == "metal":
+            fuse(module, runtime.name)
     if runtime.widen:
         _widen(model)
     if mx.default_device() == mx.gpu and not mx.metal.is_available():

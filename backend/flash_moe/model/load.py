@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,8 @@ from flash_moe.checkpoint.plan import Plan, chosen_experts, make_plan
 from flash_moe.checkpoint.skeleton import open_skeleton
 from flash_moe.checkpoint.switches import companions
 from flash_moe.errors import FlashMoeError, OptionError, Remedy
-from flash_moe.kernels.backends import make_kernels
+from flash_moe.kernels.backends import make_kernels, make_operations
 from flash_moe.kernels.native_backend import NativeLinear
-from flash_moe.kernels.native_operations import native_operations
 from flash_moe.kernels.runtime import Runtime, choose_runtime
 from flash_moe.model.install import find_heads, install_kernels, knows_formula, renormalises
 from flash_moe.options import Settings
@@ -59,8 +57,7 @@ class StreamedModel:
     def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
         if threading.get_ident() != self._thread:
             raise FlashMoeError("A loaded model runs in the thread that loaded it.")
-        native = self.runtime.name == "native"
-        with upstream.operations(**native_operations()) if native else nullcontext():
+        with upstream.operations(**make_operations(self.runtime.name)):
             logits: mx.array = self.model(tokens, cache=cache)
         return logits
 

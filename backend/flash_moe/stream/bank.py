@@ -18,10 +18,11 @@ from enum import Enum
 import mlx.core as mx
 import numpy as np
 
-from flash_moe.arrays import address_of, mlx_dtype, raw_bytes
+from flash_moe.arrays import address_of, mlx_dtype, on_cuda, raw_bytes
 from flash_moe.errors import OptionError
 from flash_moe.format.dtypes import BY_NAME
 from flash_moe.format.layout import RECORD_ALIGNMENT, Layout
+from flash_moe.stream.cuda_memory import stay_on_host
 
 # MLX shapes are 32-bit, and a lane is one array of bytes.
 MAX_LANE_BYTES = 2**31
@@ -63,8 +64,10 @@ class Lane:
         # No more than is in use: where MLX converts an operand it converts all of it, which took
         # 0.5 s a token for 4 bfloat16 experts in a lane of 100 MB, against 14 ms.
         used = {name: view[: len(self.owners)] for name, view in views.items()}
-        if not _copies_to_device():
+        if not on_cuda():
             return used
+        # MLX's gather_qmm takes contiguous weights only (0.32.4: "No implementation for problem
+        # shape"), and a discrete GPU reads them faster from its own memory than over the bus.
         return {name: mx.contiguous(view) for name, view in used.items()}
 
     @property
@@ -155,14 +158,10 @@ class Bank:
             assert (lane.state is State.IN_USE) == (lane._output is not None), lane
 
 
-def _copies_to_device() -> bool:
-    """MLX's CUDA gather_qmm takes contiguous weights only (0.32.4: "No implementation for problem
-    shape"), and a discrete GPU reads them faster from its own memory than over the bus."""
-    return bool(mx.default_device() == mx.gpu) and not mx.metal.is_available()
-
-
 def _lane(slots: int, stride: int) -> Lane:
     memory = _aligned(slots * stride)
+    if on_cuda():
+        stay_on_host(address_of(memory), slots * stride)
     return Lane(slots, stride, memory, raw_bytes(memory), address_of(memory))
 
 
