@@ -161,7 +161,7 @@ def test_requests_and_settings_share_no_name_and_cannot_be_changed() -> None:
 
 def test_only_declared_options_are_for_users() -> None:
     own = {field.name for owner in (Settings, Request) for field in fields(owner)}
-    hidden = {"bank_bytes", "threads", "chunk", "mode"}
+    hidden = {"bank_bytes", "mapped_bytes", "threads", "chunk", "mode"}
     hidden |= {"messages", "tools", "schema", "cancelled", "progress"}
     assert own - set(OPTIONS) == hidden
 

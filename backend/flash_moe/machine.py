@@ -36,12 +36,16 @@ class Nvidia:
 
 
 def inspect_machine() -> Machine:
-    memory, available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), _available()
+    memory, available = memory_bytes(), _available()
+    cache = None if available is None else min(memory, available)
+    return Machine(_cpu(), usable_cores(), memory, cache)
+
+
+def memory_bytes() -> int:
+    """The memory that this process may use."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limits = [int(text) for path in MEMORY_LIMITS if (text := _text(path).strip()).isdecimal()]
-    least = min([memory, *limits])
-    return Machine(
-        _cpu(), usable_cores(), least, None if available is None else min(least, available)
-    )
+    return min([memory, *limits])
 
 
 def usable_cores() -> int:

@@ -218,6 +218,8 @@ class Settings:
         choices=RUNTIMES,
     )
     bank_bytes: int = BANK_BYTES
+    # What may stay mapped of the experts in the page cache; None: half of the memory.
+    mapped_bytes: int | None = None
     threads: int = READ_THREADS
     chunk: int = READ_CHUNK
     mode: ReadMode = "buffered"

@@ -97,7 +97,7 @@ def test_arguments_are_checked(best: Native) -> None:
     bank = np.zeros(2 * spec.stride, np.uint8)
     x, slots = np.zeros((2, 64), np.float32), np.zeros((2, 3), np.uint32)
     weights = np.zeros((2, 3), np.float32)
-    good: dict[str, Any] = {"spec": spec, "bank": memoryview(bank), "x": x, "slots": slots}
+    good: dict[str, Any] = {"spec": spec, "records": memoryview(bank), "x": x, "slots": slots}
     assert best.experts(**good, weights=weights).shape == (2, 64)
     bad: list[dict[str, Any]] = [
         {"x": x.astype(np.float64)},
@@ -108,8 +108,7 @@ def test_arguments_are_checked(best: Native) -> None:
         {"slots": slots[0]},
         {"slots": slots + np.uint32(2)},
         {"slots": slots + np.uint32(2**32 - 1)},
-        {"bank": memoryview(bank[:64])},
-        {"bank": 64, "count": 0},
+        {"records": memoryview(bank[:64])},
         {"weights": weights[:, :2]},
         {"weights": weights.astype(np.float16)},
         {"spec": replace(spec, stride=64)},

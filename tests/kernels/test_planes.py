@@ -17,7 +17,15 @@ from flash_moe.kernels.backends import GpuKernels
 from flash_moe.kernels.interface import Kernels, Shared
 from flash_moe.kernels.native import Native
 from flash_moe.kernels.native_backend import NativeKernels
-from flash_moe.kernels.spec import FULL, GROUP_SIZES, SCALE_TYPES, U32, ExpertSpec
+from flash_moe.kernels.spec import (
+    FULL,
+    GROUP_SIZES,
+    SCALE_TYPES,
+    U32,
+    U64,
+    ExpertSpec,
+    part_addresses,
+)
 from tests.devices import GPU
 from tests.kernels import reference as ref
 from tests.kernels.devices import (
@@ -60,8 +68,7 @@ class Lane:
     def words(self) -> mx.array:
         return mx.array(np.concatenate(self.bank).view(np.uint32))
 
-    @property
-    def address(self) -> int:
+    def parts(self, spec: ExpertSpec) -> U64:
         raise NotImplementedError
 
 
@@ -117,7 +124,7 @@ def test_what_does_not_fit_is_refused(best: Native) -> None:
             best.experts(spec, memoryview(bank), x, slots)
 
     refused("it has one", first_planes(spec))
-    refused("slot 2: the bank has 2", slots=slots + np.uint32(2))
+    refused("slot 2: there are 2", slots=slots + np.uint32(2))
     second = spec.down.second
     assert second is not None
     for part in ("weight", "scales", "biases"):
@@ -215,9 +222,8 @@ def test_every_backend_takes_both_kinds_of_pairs(best: Native, count: int) -> No
     memory = np.concatenate(planes.bank)
 
     class InMemory(Lane):
-        @property
-        def address(self) -> int:
-            return int(memory.ctypes.data)
+        def parts(self, spec: ExpertSpec) -> U64:
+            return part_addresses(spec, int(memory.ctypes.data), 2)
 
     backends: list[Kernels] = [NativeKernels(best), GpuKernels(KIND)]
     for kernels in backends:

@@ -15,6 +15,8 @@ from flash_moe.synth.model import Shape, synthesize
 # 3.9 GB of experts; K=1 keeps the arithmetic of 2,000 tokens short on a slow CPU.
 SHAPE = Shape(layers=4, experts=1100, experts_per_token=1, hidden=512, intermediate=512)
 BANK = 32 << 20
+# Of experts in the page cache, which has all of them here.
+MAPPED = 64 << 20
 # Python, MLX, mlx-lm and the tokenizer, more where MLX has CUDA's libraries; the rest is the state
 # of 2,000 tokens.
 LIBRARIES, STATE = 110e6, 290e6
@@ -33,7 +35,8 @@ import mlx_lm.models.qwen3_5_moe, mlx_lm.utils
 before = peak_memory()
 """
 RUN = f"""{START}
-engine = Engine.load(Path(sys.argv[1]), Settings(bank_bytes=int(sys.argv[2])))
+settings = Settings(bank_bytes=int(sys.argv[2]), mapped_bytes={MAPPED})
+engine = Engine.load(Path(sys.argv[1]), settings)
 loaded = peak_memory()
 request = TokenRequest(prompt=[i % 900 for i in range(2000)], max_tokens=8)
 tokens = len(list(Generation(engine.model, request)))
@@ -53,7 +56,7 @@ def test_two_thousand_tokens_with_experts_of_eight_times_the_memory(tmp_path: Pa
     ).stdout
     run = json.loads(printed)
     weights = run["resident_bytes"] + run["bank_bytes"]
-    allowed = weights + STATE + max(LIBRARIES, run["before"])
+    allowed = weights + MAPPED + STATE + max(LIBRARIES, run["before"])
     print(
         f"experts {run['expert_bytes'] / 1e6:.0f} MB; resident + bank {weights / 1e6:.0f} MB; "
         f"peak {run['peak'] / 1e6:.0f} MB, {(run['peak'] - weights) / 1e6:.0f} MB beyond them"

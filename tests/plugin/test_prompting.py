@@ -181,7 +181,7 @@ def test_statistics_go_to_stderr_when_asked_for() -> None:
     assert (loud.stdout, quiet.stderr) == (quiet.stdout, "")
     assert re.search(r"\d+ prompt tokens at .*; 12 tokens at .*\(length\)", loud.stderr)
     cached = r", \d+% of them cached" if sys.platform in ("linux", "darwin") else ""
-    assert re.search(rf"MB of experts read{cached}, at .* peak memory", loud.stderr)
+    assert re.search(rf"MB of experts{cached}; .* MB read at .* peak memory", loud.stderr)
 
 
 # History --------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from flash_moe.stream.streamed import Streamer
 class Stats:
     """Complete at the end of a reply; `finish_reason` is then stop, length or cancelled.
 
-    hit_rate is the share of the expert bytes that came from the page cache, where the system says;
+    mapped_bytes of the expert bytes were computed where the page cache had them, the others read;
+    hit_rate is the share that came from the page cache in either way, where the system says;
+    mapped_rss_bytes of the peak are pages of that cache, which the system takes back when it wants.
     io_seconds is time spent reading; readback_seconds is time spent waiting for the router's
     choice, and so for the computing that leads to it; compute_seconds is all the rest.
     cached_tokens of the prompt were computed for an earlier one; prompt_tokens_per_second counts
@@ -33,6 +35,7 @@ class Stats:
     prompt_tokens_per_second: float = 0.0
     tokens_per_second: float = 0.0
     expert_bytes: int = 0
+    mapped_bytes: int = 0
     hit_rate: float | None = None
     experts_read: int = 0
     gigabytes_per_second: float = 0.0
@@ -44,6 +47,7 @@ class Stats:
     mask_seconds: float = 0.0
     allowed_mass: float = 1.0
     peak_rss_bytes: int = 0
+    mapped_rss_bytes: int = 0
     experts_per_token: int = 0
     bits: str = ""
     runtime: str = ""
@@ -59,15 +63,18 @@ class Stats:
         """Two lines for people."""
         reused = f", {self.cached_tokens} of them reused" if self.cached_tokens else ""
         hits = "" if self.hit_rate is None else f", {self.hit_rate:.0%} of them cached"
+        read = self.expert_bytes - self.mapped_bytes
+        mapped = self.mapped_rss_bytes
+        shared = f", {mapped / 1e6:,.0f} MB of it page cache" if mapped else ""
         return (
             f"{self.prompt_tokens} prompt tokens{reused} at {self.prompt_tokens_per_second:.1f}/s, "
             f"first token after {self.seconds_to_first_token:.2f} s; "
             f"{self.generated_tokens} tokens at {self.tokens_per_second:.1f}/s "
             f"({self.finish_reason}), {self.runtime} runtime\n"
-            f"{self.expert_bytes / 1e6:,.1f} MB of experts read{hits}, at "
+            f"{self.expert_bytes / 1e6:,.1f} MB of experts{hits}; {read / 1e6:,.1f} MB read at "
             f"{self.gigabytes_per_second:.2f} GB/s; I/O {self.io_seconds:.2f} s, read-back "
             f"{self.readback_seconds:.2f} s, compute "
-            f"{self.compute_seconds:.2f} s; peak memory {self.peak_rss_bytes / 1e6:,.0f} MB"
+            f"{self.compute_seconds:.2f} s; peak memory {self.peak_rss_bytes / 1e6:,.0f} MB{shared}"
         )
 
 
@@ -81,7 +88,7 @@ class StopWatch:
         self._first: float | None = None
         self._from_disk = bytes_from_disk()
         counters = streamer.reader.counters
-        self._before = (counters.nbytes, counters.experts, counters.seconds)
+        self._before = (counters.nbytes, counters.experts, counters.seconds, counters.mapped)
         self._readback = streamer.readback_seconds
 
     def token(self) -> None:
@@ -93,19 +100,23 @@ class StopWatch:
         now, stats, counters = time.perf_counter(), self.stats, self._streamer.reader.counters
         stats.expert_bytes = counters.nbytes - self._before[0]
         stats.experts_read = counters.experts - self._before[1]
+        stats.mapped_bytes = counters.mapped - self._before[3]
         stats.io_seconds = counters.seconds - self._before[2]
         stats.readback_seconds = self._streamer.readback_seconds - self._readback
         stats.compute_seconds = now - self._start - stats.io_seconds - stats.readback_seconds
         stats.hit_rate = self._hit_rate(stats.expert_bytes)
         if stats.io_seconds:
-            stats.gigabytes_per_second = stats.expert_bytes / stats.io_seconds / 1e9
+            read = stats.expert_bytes - stats.mapped_bytes
+            stats.gigabytes_per_second = read / stats.io_seconds / 1e9
         if self._first is not None:
             stats.seconds_to_first_token = self._first - self._start
-            read = stats.prompt_tokens - stats.cached_tokens
-            stats.prompt_tokens_per_second = read / stats.seconds_to_first_token
+            computed = stats.prompt_tokens - stats.cached_tokens
+            stats.prompt_tokens_per_second = computed / stats.seconds_to_first_token
             if stats.generated_tokens > 1:
                 stats.tokens_per_second = (stats.generated_tokens - 1) / (now - self._first)
         stats.peak_rss_bytes = peak_memory()
+        mapping = self._streamer.mapping
+        stats.mapped_rss_bytes = 0 if mapping is None else mapping.mapped
 
     def _hit_rate(self, read: int) -> float | None:
         now = bytes_from_disk()

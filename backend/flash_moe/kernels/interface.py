@@ -11,7 +11,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from flash_moe.kernels.spec import U32, ExpertSpec
+from flash_moe.kernels.spec import U32, U64, ExpertSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +24,13 @@ class Shared:
 
 
 class Memory(Protocol):
-    """A lane of the bank, as a kernel sees it."""
+    """A lane of the bank, as a kernel sees it: its memory, or for each slot where the parts of its
+    expert are, which need not be in the lane."""
 
     @property
     def words(self) -> mx.array: ...
 
-    @property
-    def address(self) -> int: ...
+    def parts(self, spec: ExpertSpec) -> U64: ...
 
 
 class Kernels(Protocol):

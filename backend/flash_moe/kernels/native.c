@@ -21,8 +21,10 @@ struct expert {
 
 struct spec { /* of a record in two planes: its first one, and both */
     struct expert first, full;
-    uint64_t stride;
+    uint64_t parts; /* addresses of an expert: PLANE_PARTS, and where there are two planes PLANE_PARTS more */
 };
+
+enum { PLANE_PARTS = 9 }; /* gate, up and down: weight, scales and biases of each */
 
 enum { BLOCK = 40 }; /* rows a piece of work: a multiple of the 2, 4, 5 and 8 of a tile */
 
@@ -63,7 +65,7 @@ static void matmul_piece(void *context, size_t i, int thread) {
             x[j] = job->x + (t + j) * padded(job->m->columns);
             out[j] = job->out + (t + j) * job->m->rows + row;
         }
-        product(job->m, 0, row, end, (int)n, x, out);
+        product(job->m, row, end, (int)n, x, out);
     }
 }
 
@@ -89,7 +91,8 @@ int flash_matmul(const struct matrix *m, const float *x, float *out, uint64_t to
 
 struct experts {
     const struct spec *s;
-    const uint8_t *bank;
+    const uint64_t *parts;      /* of each slot, spec.parts */
+    const struct expert *found; /* the expert of each run, its parts at their addresses */
     const float *x, *weights;
     float *out, *h, *d; /* h [pairs, intermediate]; d [threads, pairs, BLOCK] */
     const uint64_t *order; /* slot << 33 | full << 32 | pair, sorted */
@@ -104,12 +107,21 @@ static int next_pairs(const struct experts *job, size_t i, size_t end, size_t *p
     return n;
 }
 
-static uintptr_t record(const struct experts *job, size_t run) {
-    return (uintptr_t)job->bank + (job->order[job->starts[run]] >> 33) * job->s->stride;
+static void place(struct matrix *m, const uint64_t *part, int full) {
+    m->weight = part[0];
+    m->scales = part[full ? PLANE_PARTS + 1 : 1];
+    m->biases = part[full ? PLANE_PARTS + 2 : 2];
+    m->low = full ? part[PLANE_PARTS] : 0;
 }
 
-static const struct expert *expert(const struct experts *job, size_t run) {
-    return job->order[job->starts[run]] >> 32 & 1 ? &job->s->full : &job->s->first;
+static struct expert place_expert(const struct experts *job, uint64_t key) {
+    const int full = key & 1 && job->s->parts > PLANE_PARTS;
+    const uint64_t *parts = job->parts + (key >> 1) * job->s->parts;
+    struct expert e = full ? job->s->full : job->s->first;
+    place(&e.gate, parts, full);
+    place(&e.up, parts + 3, full);
+    place(&e.down, parts + 6, full);
+    return e;
 }
 
 /* h = silu(gate x) * up x, a block of rows of one run for all its tokens. */
@@ -119,8 +131,7 @@ static void hidden_piece(void *context, size_t i, int thread) {
     const size_t rows = job->s->first.gate.rows, per = blocks(rows), run = i / per;
     const size_t row = i % per * BLOCK, end = smaller(row + BLOCK, rows);
     const size_t last = job->starts[run + 1];
-    const struct expert *s = expert(job, run);
-    const uintptr_t from = record(job, run);
+    const struct expert *s = job->found + run;
     float gate[TOKENS][BLOCK], up[TOKENS][BLOCK];
     float *const gates[TOKENS] = {gate[0], gate[1], gate[2], gate[3]};
     float *const ups[TOKENS] = {up[0], up[1], up[2], up[3]};
@@ -129,8 +140,8 @@ static void hidden_piece(void *context, size_t i, int thread) {
         const float *x[TOKENS];
         const int n = next_pairs(job, p, last, pairs);
         for (int j = 0; j < n; j++) x[j] = job->x + pairs[j] / job->k * padded(s->gate.columns);
-        product(&s->gate, from, row, end, n, x, gates);
-        product(&s->up, from, row, end, n, x, ups);
+        product(&s->gate, row, end, n, x, gates);
+        product(&s->up, row, end, n, x, ups);
         for (int j = 0; j < n; j++) {
             float *h = job->h + pairs[j] * padded(rows);
             for (size_t r = row; r < end; r++) {
@@ -149,8 +160,7 @@ static void down_piece(void *context, size_t i, int thread) {
     const size_t row = i * BLOCK, end = smaller(row + BLOCK, rows);
     float *d = job->weights ? job->d + (size_t)thread * job->tokens * job->k * BLOCK : NULL;
     for (size_t run = 0; run < job->runs; run++) {
-        const struct matrix *down = &expert(job, run)->down;
-        const uintptr_t from = record(job, run);
+        const struct matrix *down = &job->found[run].down;
         const size_t last = job->starts[run + 1];
         for (size_t p = job->starts[run]; p < last; p += TOKENS) {
             size_t pairs[TOKENS];
@@ -161,7 +171,7 @@ static void down_piece(void *context, size_t i, int thread) {
                 h[j] = job->h + pairs[j] * padded(columns);
                 out[j] = d ? d + pairs[j] * BLOCK : job->out + pairs[j] * rows + row;
             }
-            product(down, from, row, end, n, h, out);
+            product(down, row, end, n, h, out);
         }
     }
     for (size_t t = 0; d && t < job->tokens; t++) {
@@ -182,7 +192,8 @@ static int experts_chunk(struct experts *job, const uint32_t *slots) {
     const size_t pairs = job->tokens * job->k, hidden = s->gate.columns;
     const size_t x = job->tokens * padded(hidden), h = pairs * padded(s->gate.rows);
     const size_t d = job->weights ? (size_t)pool_threads() * pairs * BLOCK : 0;
-    float *scratch = pool_scratch(4 * (x + h + d) + pairs * 8 + (pairs + 1) * sizeof(size_t));
+    const size_t lists = pairs * 8 + (pairs + 1) * sizeof(size_t) + pairs * sizeof *job->found;
+    float *scratch = pool_scratch(4 * (x + h + d) + lists);
     if (!scratch) return 1;
     align_rows(scratch, job->x, job->tokens, hidden);
     job->x = scratch;
@@ -190,29 +201,34 @@ static int experts_chunk(struct experts *job, const uint32_t *slots) {
     job->d = job->h + h;
     uint64_t *order = (uint64_t *)(job->d + d);
     size_t *starts = (size_t *)(order + pairs);
+    struct expert *found = (struct expert *)(starts + pairs + 1);
     /* The choice goes from the top to the bottom: both kinds of a slot's pairs share its cache. */
     for (size_t i = 0; i < pairs; i++)
         order[i] = (uint64_t)(slots[i] << 1 | slots[i] >> 31) << 32 | i;
     qsort(order, pairs, 8, by_slot);
     job->runs = 0;
     for (size_t i = 0; i < pairs; i++)
-        if (i == 0 || order[i] >> 32 != order[i - 1] >> 32) starts[job->runs++] = i;
+        if (i == 0 || order[i] >> 32 != order[i - 1] >> 32) {
+            found[job->runs] = place_expert(job, order[i] >> 32);
+            starts[job->runs++] = i;
+        }
     starts[job->runs] = pairs;
     job->order = order;
     job->starts = starts;
+    job->found = found;
     pool_run(hidden_piece, job, job->runs * blocks(s->gate.rows));
     pool_run(down_piece, job, blocks(s->down.rows));
     return 0;
 }
 
-int flash_experts(const struct spec *s, const uint8_t *bank, const float *x, const uint32_t *slots,
+int flash_experts(const struct spec *s, const uint64_t *parts, const float *x, const uint32_t *slots,
                   const float *weights, float *out, uint64_t tokens, uint64_t k) {
     const size_t most = at_least_1(SCRATCH / (4 * k * padded(s->first.gate.rows)));
     const size_t hidden = s->first.down.rows;
     int failed = 0;
     pool_enter();
     for (size_t t = 0; t < tokens && !failed; t += most) {
-        struct experts job = {.s = s, .bank = bank, .x = x + t * hidden, .k = k};
+        struct experts job = {.s = s, .parts = parts, .x = x + t * hidden, .k = k};
         job.tokens = smaller(most, tokens - t);
         job.weights = weights ? weights + t * k : NULL;
         job.out = out + t * hidden * (weights ? 1 : k);

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flash_moe.kernels.spec import F32, SLOT_MASK, U32, ExpertSpec
+from flash_moe.kernels.spec import F32, SLOT_MASK, U32, U64, ExpertSpec, part_addresses
 from flash_moe.kernels.structs import Resident, spec_struct
 from flash_moe.native.arguments import require, require_array
 from flash_moe.native.build import Library, build
@@ -70,34 +70,32 @@ class Native:
     def experts(
         self,
         spec: ExpertSpec,
-        bank: int | memoryview,
+        records: U64 | memoryview,
         x: F32,
         slots: U32,
         weights: F32 | None = None,
-        *,
-        count: int | None = None,
     ) -> F32:
         """With weights: the sum over k of weights[t, k] * expert_{slots[t, k]}(x[t]), in the order
         of k, float32 [tokens, hidden]. Without: every expert's output, [tokens, k, hidden]. A
         token's result depends neither on the other tokens nor on the threads.
 
-        `bank` is where slot 0 is: an address, whose `count` of slots is believed, or a buffer.
+        `records`: a buffer of them, slot after slot, or the addresses of the parts of each slot,
+        [slots, parts], which are believed.
         """
         struct, end = spec_struct(spec)
-        address = bank if isinstance(bank, int) else 0
-        if not isinstance(bank, int):
-            buffer = np.frombuffer(bank, np.uint8)
-            address = buffer.ctypes.data
+        if isinstance(records, memoryview):
+            buffer = np.frombuffer(records, np.uint8)
             fitting = max(0, (buffer.size - end) // spec.stride + 1) if buffer.size >= end else 0
-            count = fitting if count is None else min(count, fitting)
+            records = part_addresses(spec, buffer.ctypes.data, fitting)
+        parts = require_array("records", records, np.uint64, (len(records), int(struct.parts)))
         hidden = spec.hidden
         slots = require_array("slots", slots, np.uint32, _two_axes(slots))
         tokens, k = slots.shape
         x = require_array("x", x, np.float32, (tokens, hidden))
         if slots.size:
             spec.check_slots(int(np.max(slots)))
-            if count is not None and (largest := int(np.max(slots & SLOT_MASK))) >= count:
-                raise ValueError(f"slot {largest}: the bank has {count}")
+            if (largest := int(np.max(slots & SLOT_MASK))) >= len(parts):
+                raise ValueError(f"slot {largest}: there are {len(parts)}")
         shape: tuple[int, ...] = (tokens, k, hidden)
         if weights is not None:
             weights = require_array("weights", weights, np.float32, (tokens, k))
@@ -107,7 +105,7 @@ class Native:
         out = np.empty(shape, np.float32)
         failed = self._library.flash_experts(
             ctypes.addressof(struct),
-            address,
+            parts.ctypes.data,
             x.ctypes.data,
             slots.ctypes.data,
             None if weights is None else weights.ctypes.data,

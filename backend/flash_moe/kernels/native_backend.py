@@ -37,7 +37,7 @@ class NativeKernels:
         self, lane: Memory, spec: ExpertSpec, x: mx.array, tokens: U32, slots: U32
     ) -> mx.array:
         x_rows = _float32(x)[tokens]
-        out = self.native.experts(spec, lane.address, x_rows, slots.reshape(-1, 1))
+        out = self.native.experts(spec, lane.parts(spec), x_rows, slots.reshape(-1, 1))
         return mx.array(out.reshape(len(slots), -1)).astype(x.dtype)
 
     def mixture(
@@ -50,7 +50,9 @@ class NativeKernels:
         shared: Shared,
     ) -> mx.array:
         y = mx.array(
-            self.native.experts(spec, lane.address, _float32(x), slots, weights=_float32(weights))
+            self.native.experts(
+                spec, lane.parts(spec), _float32(x), slots, weights=_float32(weights)
+            )
         )
         return _with_shared(y, shared).astype(x.dtype)
 

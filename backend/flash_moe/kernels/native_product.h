@@ -8,7 +8,7 @@
 
 #include "native_simd.h"
 
-struct matrix { /* mirrored in native.py; offsets into a record, or addresses where base is 0 */
+struct matrix { /* mirrored in native.py; where its parts are */
     uint64_t rows, columns, weight, scales, biases;
     uint32_t bits, group, type, planes;
     uint64_t low; /* of two planes, that of the low bits; that of the high ones is at weight */
@@ -66,7 +66,7 @@ static inline void join(uint8_t *restrict to, const uint8_t *high, const uint8_t
 /* out[t][r] = row (first + r) · x[t] for R rows and T tokens. Rows past `end` and tokens past the
  * last one repeat the last: computed, and not kept. */
 static inline __attribute__((always_inline)) void
-tile(const struct matrix *m, uintptr_t base, size_t first, size_t end, int n,
+tile(const struct matrix *m, size_t first, size_t end, int n,
      const float *const *x, float *const *out, size_t at, const int bits, const int planes,
      const int R, const int T) {
     const size_t groups = m->columns / m->group, size = m->type == FLOAT32 ? 4 : 2;
@@ -78,7 +78,7 @@ tile(const struct matrix *m, uintptr_t base, size_t first, size_t end, int n,
     vf sums[8][TOKENS];
     UNROLL for (int r = 0; r < R; r++) {
         size_t row = first + (size_t)r < end ? first + (size_t)r : end - 1;
-        codes[r] = (const uint8_t *)(base + m->weight + row * row_bytes);
+        codes[r] = (const uint8_t *)(m->weight + row * row_bytes);
         UNROLL for (int t = 0; t < T; t++) sums[r][t] = v_set(0);
     }
     UNROLL for (int t = 0; t < T; t++) xs[t] = x[t < n ? t : n - 1];
@@ -89,8 +89,8 @@ tile(const struct matrix *m, uintptr_t base, size_t first, size_t end, int n,
         for (int r = 0; r < R; r++) {
             size_t row = first + (size_t)r < end ? first + (size_t)r : end - 1;
             size_t place = size * (row * groups + g0);
-            to_float(scales[r], (const uint8_t *)(base + m->scales + place), count, m->type);
-            to_float(biases[r], (const uint8_t *)(base + m->biases + place), count, m->type);
+            to_float(scales[r], (const uint8_t *)(m->scales + place), count, m->type);
+            to_float(biases[r], (const uint8_t *)(m->biases + place), count, m->type);
             if (planes == 2) {
                 const uint8_t *high = codes[r] + column / 4;
                 const uintptr_t low = (uintptr_t)high - m->weight + m->low;
@@ -101,15 +101,15 @@ tile(const struct matrix *m, uintptr_t base, size_t first, size_t end, int n,
          * memory, 2 bits: 0.10 ms instead of 0.18; 3 bits: 0.14 instead of 0.30. */
         for (int r = 0; r < R; r++) {
             const size_t next = first + (size_t)(R + r), place = size * (next * groups + g0);
-            const uintptr_t from = base + m->weight + next * row_bytes + code / planes;
+            const uintptr_t from = m->weight + next * row_bytes + code / planes;
             if (next >= m->rows) break;
             for (size_t i = 0; i < (size_t)count * m->group * (size_t)(bits / planes) / 8;
                  i += 64) {
                 __builtin_prefetch((const void *)(from + i));
                 if (planes == 2) __builtin_prefetch((const void *)(from + m->low - m->weight + i));
             }
-            __builtin_prefetch((const void *)(base + m->scales + place));
-            __builtin_prefetch((const void *)(base + m->biases + place));
+            __builtin_prefetch((const void *)(m->scales + place));
+            __builtin_prefetch((const void *)(m->biases + place));
         }
         for (int g = 0; g < count; g++) {
             table tables[8];
@@ -139,10 +139,10 @@ tile(const struct matrix *m, uintptr_t base, size_t first, size_t end, int n,
 /* out[t][0 .. end - row) for n <= TOKENS tokens. */
 #define ROWS_OF(BITS, PLANES, R, T)                                                               \
     for (size_t r = row; r < end; r += R)                                                         \
-        tile(m, base, r, end, n, x, out, r - row, BITS, PLANES, R, T)
+        tile(m, r, end, n, x, out, r - row, BITS, PLANES, R, T)
 #define PRODUCT(NAME, BITS, PLANES)                                                               \
-    static void product_##NAME(const struct matrix *m, uintptr_t base, size_t row, size_t end,     \
-                               int n, const float *const *x, float *const *out) {                 \
+    static void product_##NAME(const struct matrix *m, size_t row, size_t end, int n,             \
+                               const float *const *x, float *const *out) {                        \
         if (n == 1)                                                                               \
             ROWS_OF(BITS, PLANES, ROWS_1, 1);                                                     \
         else if (n == 2)                                                                          \
@@ -153,18 +153,18 @@ tile(const struct matrix *m, uintptr_t base, size_t first, size_t end, int n,
 PRODUCT(2, 2, 1) PRODUCT(3, 3, 1) PRODUCT(4, 4, 1) PRODUCT(5, 5, 1) PRODUCT(6, 6, 1)
 PRODUCT(8, 8, 1) PRODUCT(planes, 4, 2)
 
-static void product(const struct matrix *m, uintptr_t base, size_t row, size_t end, int n,
+static void product(const struct matrix *m, size_t row, size_t end, int n,
                     const float *const *x, float *const *out) {
     if (m->planes == 2) {
-        product_planes(m, base, row, end, n, x, out);
+        product_planes(m, row, end, n, x, out);
         return;
     }
     switch (m->bits) {
-        case 2: product_2(m, base, row, end, n, x, out); break;
-        case 3: product_3(m, base, row, end, n, x, out); break;
-        case 4: product_4(m, base, row, end, n, x, out); break;
-        case 5: product_5(m, base, row, end, n, x, out); break;
-        case 6: product_6(m, base, row, end, n, x, out); break;
-        default: product_8(m, base, row, end, n, x, out);
+        case 2: product_2(m, row, end, n, x, out); break;
+        case 3: product_3(m, row, end, n, x, out); break;
+        case 4: product_4(m, row, end, n, x, out); break;
+        case 5: product_5(m, row, end, n, x, out); break;
+        case 6: product_6(m, row, end, n, x, out); break;
+        default: product_8(m, row, end, n, x, out);
     }
 }

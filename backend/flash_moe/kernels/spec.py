@@ -8,6 +8,7 @@ the bank it is computed from; with FULL set, from both planes of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from flash_moe.format.layout import AFFINE, PLANE_BITS, SECOND_PLANE, Layout
 
 U32 = npt.NDArray[np.uint32]
+U64 = npt.NDArray[np.uint64]
 F32 = npt.NDArray[np.float32]
 
 BITS = (2, 3, 4, 8)
@@ -85,6 +87,22 @@ class ExpertSpec:
     @property
     def intermediate(self) -> int:
         return self.gate.rows
+
+
+@cache
+def part_offsets(spec: ExpertSpec) -> U64:
+    """Where the parts of a record begin: weight, scales and biases of gate, up and down; then those
+    of the second planes, if there are any."""
+    matrices = (spec.gate, spec.up, spec.down)
+    planes: list[Matrix | SecondPlane] = [*matrices, *(m.second for m in matrices if m.second)]
+    parts = [(plane.weight, plane.scales, plane.biases) for plane in planes]
+    return np.array(parts, np.uint64).reshape(-1)
+
+
+def part_addresses(spec: ExpertSpec, address: int, slots: int) -> U64:
+    """Of records that lie one after the other, [slots, parts]."""
+    starts = address + spec.stride * np.arange(slots, dtype=np.uint64)
+    return starts[:, None] + part_offsets(spec)
 
 
 def inverse(order: npt.NDArray[Any]) -> U32:

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flash_moe.kernels.spec import BITS, GROUP_SIZES, SCALE_TYPES, U32, ExpertSpec, Matrix
+from flash_moe.kernels.spec import (
+    BITS,
+    GROUP_SIZES,
+    SCALE_TYPES,
+    U32,
+    ExpertSpec,
+    Matrix,
+    part_offsets,
+)
 from flash_moe.native.arguments import require, require_array
 
 RESIDENT_BITS = (2, 3, 4, 5, 6, 8)
@@ -30,7 +38,7 @@ class ExpertStruct(ctypes.Structure):
 
 
 class SpecStruct(ctypes.Structure):
-    _fields_ = (("first", ExpertStruct), ("full", ExpertStruct), ("stride", ctypes.c_uint64))
+    _fields_ = (("first", ExpertStruct), ("full", ExpertStruct), ("parts", ctypes.c_uint64))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +87,8 @@ def spec_struct(spec: ExpertSpec) -> tuple[SpecStruct, int]:
     require(like == (down.columns, down.rows), "down does not lead back from gate and up")
     first, full, ends = zip(*(_matrices(m) for m in (gate, up, down)), strict=True)
     require(max(ends) <= spec.stride, f"a record of {max(ends)} bytes in steps of {spec.stride}")
-    return SpecStruct(ExpertStruct(*first), ExpertStruct(*full), spec.stride), max(ends)
+    parts = len(part_offsets(spec))
+    return SpecStruct(ExpertStruct(*first), ExpertStruct(*full), parts), max(ends)
 
 
 def _matrices(m: Matrix) -> tuple[MatrixStruct, MatrixStruct, int]:

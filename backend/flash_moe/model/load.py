@@ -26,10 +26,12 @@ from flash_moe.errors import FlashMoeError, OptionError, Remedy
 from flash_moe.kernels.backends import make_kernels, make_operations
 from flash_moe.kernels.native_backend import NativeLinear
 from flash_moe.kernels.runtime import Runtime, choose_runtime
+from flash_moe.machine import memory_bytes
 from flash_moe.model.install import find_heads, install_kernels, knows_formula, renormalises
 from flash_moe.options import Settings
 from flash_moe.stream.bank import Bank
 from flash_moe.stream.choice import ExpertChoice
+from flash_moe.stream.mapping import MappedExperts
 from flash_moe.stream.precision import Precision
 from flash_moe.stream.reader import Reader
 from flash_moe.stream.store import ExpertStore
@@ -90,6 +92,8 @@ class StreamedModel:
             self.streamer.bank.drain()
         finally:
             self.streamer.reader.close()
+            if self.streamer.mapping is not None:
+                self.streamer.mapping.close()
             self.streamer.store.close()
 
 
@@ -104,11 +108,13 @@ def load(
     layers = skeleton.layers()
     _require_computable(runtime, layers)
     plan = make_plan(skeleton, settings.bank_bytes)
+    store, reader = ExpertStore(layers, settings.mode), Reader(settings.threads, settings.chunk)
     streamer = Streamer(
-        ExpertStore(layers, settings.mode),
-        Reader(settings.threads, settings.chunk),
+        store,
+        reader,
         Bank(plan.bank_slots, plan.bank_bytes // plan.bank_slots),
         make_kernels(runtime.name),
+        _mapping(runtime, settings, store, reader),
     )
     skeleton.replace(
         lambda number, switch: StreamedSwitch(
@@ -132,6 +138,23 @@ def load(
         find_heads(skeleton.model),
         time.perf_counter() - start,
     )
+
+
+def _mapping(
+    runtime: Runtime, settings: Settings, store: ExpertStore, reader: Reader
+) -> MappedExperts | None:
+    """For the kernels in C, which compute from any address."""
+    limit = settings.mapped_bytes
+    if limit is None:
+        limit = memory_bytes() // 2
+    if (
+        runtime.name != "native"
+        or settings.mode != "buffered"
+        or reader.native is None
+        or not limit
+    ):
+        return None
+    return MappedExperts(store, reader.native, limit)
 
 
 def _choice(model: nn.Module, plan: Plan, settings: Settings) -> ExpertChoice:

@@ -22,6 +22,7 @@ from flash_moe.arrays import address_of, mlx_dtype, on_cuda, raw_bytes
 from flash_moe.errors import OptionError
 from flash_moe.format.dtypes import BY_NAME
 from flash_moe.format.layout import RECORD_ALIGNMENT, Layout
+from flash_moe.kernels.spec import U64, ExpertSpec, part_addresses
 from flash_moe.stream.cuda_memory import stay_on_host
 
 # MLX shapes are 32-bit, and a lane is one array of bytes.
@@ -50,6 +51,9 @@ class Lane:
     _output: mx.array | None = None
     _words: mx.array | None = None
     _arrays: dict[Layout, Arrays] = field(default_factory=dict)
+    _parts: dict[ExpertSpec, U64] = field(default_factory=dict)
+    # Of the experts that are computed where the page cache has them; else None.
+    elsewhere: U64 | None = None
 
     def arrays(self, layout: Layout) -> Arrays:
         """The slots that have an owner as stacked arrays [slots, …], one a part: views of the
@@ -77,6 +81,14 @@ class Lane:
             self._words = self.memory.view(mx.uint32)
         return self._words
 
+    def parts(self, spec: ExpertSpec) -> U64:
+        """Where the parts of each owner's expert are, [owners, parts]."""
+        if self.elsewhere is not None:
+            return self.elsewhere
+        if spec not in self._parts:
+            self._parts[spec] = part_addresses(spec, self.address, self.slots)
+        return self._parts[spec][: len(self.owners)]
+
     def fence(self, output: mx.array) -> None:
         """Declare what is computed from this lane; its slots stay untouched until it is."""
         self._output = output
@@ -86,6 +98,7 @@ class Lane:
         output, self._output = self._output, None
         self.state = State.FREE
         self.owners = ()
+        self.elsewhere = None
         # Free whether or not this fails: what could not be computed needs the slots no more.
         if output is not None:
             mx.eval(output)

@@ -7,14 +7,19 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
+from flash_moe.kernels.spec import U64
 from flash_moe.native.build import Library, build
 from flash_moe.stream.store import Pieces
 
 LIBRARY = Library(
     "reading",
     "the reader",
-    (Path(__file__).with_name("reading.c"), Path(__file__).parents[1] / "native" / "pool.h"),
+    (
+        *(Path(__file__).with_name(name) for name in ("reading.c", "mapping.h")),
+        Path(__file__).parents[1] / "native" / "pool.h",
+    ),
 )
 
 
@@ -25,6 +30,8 @@ class NativeReader:
         pointer, number = ctypes.c_void_p, ctypes.c_uint64
         library.flash_read.argtypes = [pointer, number, pointer, number, ctypes.c_int, pointer]
         library.flash_read.restype = ctypes.c_int64
+        library.flash_in_memory.argtypes = [pointer, number, number, pointer, pointer]
+        library.flash_in_memory.restype = None
         self._library = library
 
     def read(self, pieces: Pieces, into: memoryview, task: int, threads: int) -> tuple[int, int]:
@@ -40,6 +47,16 @@ class NativeReader:
             ctypes.byref(failed),
         )
         return error, failed.value
+
+    def in_memory(self, pieces: Pieces, maps: U64) -> npt.NDArray[np.bool_]:
+        """For pieces [experts, pieces, 4]: which experts are wholly in the page cache. `maps` has
+        the address and length of each open file."""
+        experts, per, _ = pieces.shape
+        there = np.empty(experts, np.bool_)
+        self._library.flash_in_memory(
+            pieces.ctypes.data, experts, per, maps.ctypes.data, there.ctypes.data
+        )
+        return there
 
 
 @cache

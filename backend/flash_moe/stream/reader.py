@@ -28,9 +28,11 @@ SERIAL_BELOW = 1 << 20
 
 @dataclass(slots=True)
 class ReadCounters:
-    """What has been read since the reader was made."""
+    """What has been used since the reader was made, and how much of it was computed where the page
+    cache had it. Seconds are those of reading the rest, and of asking."""
 
     nbytes: int = 0
+    mapped: int = 0
     experts: int = 0
     seconds: float = 0.0
 
@@ -49,10 +51,10 @@ class Reader:
         self.threads = threads
         self.chunk = chunk
         self.counters = ReadCounters()
-        self._native: NativeReader | None = None
+        self.native: NativeReader | None = None
         if native:
             with suppress(NativeUnavailable):
-                self._native = load_native_reader()
+                self.native = load_native_reader()
         self._pool: ThreadPoolExecutor | None = None
 
     def read(self, pieces: Pieces, into: memoryview) -> None:
@@ -62,8 +64,8 @@ class Reader:
         ends = pieces[:, AT] + pieces[:, LENGTH]
         if len(pieces) and (np.min(pieces) < 0 or np.max(ends) > len(into)):
             raise ValueError("a piece that is not within its buffer")
-        if self._native is not None:
-            error, failed = self._native.read(pieces, into, self.chunk, self.threads)
+        if self.native is not None:
+            error, failed = self.native.read(pieces, into, self.chunk, self.threads)
             if error:
                 raise _failure(error, *pieces[failed, :3].tolist())
         elif self.threads == 1 or total < SERIAL_BELOW:

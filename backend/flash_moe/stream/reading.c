@@ -23,6 +23,8 @@ struct job {
     int64_t piece, error; /* of the first to fail */
 };
 
+#include "mapping.h"
+
 enum { END_OF_FILE = -1, PIECES_ON_STACK = 64 };
 
 static int read_fully(int file, char *to, int64_t offset, int64_t length) {

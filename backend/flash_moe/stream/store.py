@@ -20,6 +20,7 @@ from flash_moe.options import ReadMode
 
 # A row says: so many bytes of an open file, from an offset on, belong so far into a buffer.
 Pieces = npt.NDArray[np.int64]
+Slots = npt.NDArray[np.intp]
 FILE, OFFSET, LENGTH, AT = range(4)
 
 # Of macOS; Python has no name for it.
@@ -53,16 +54,22 @@ class ExpertStore:
         experts: Sequence[int],
         stride: int = 0,
         full: npt.NDArray[np.bool_] | None = None,
+        slots: Slots | None = None,
     ) -> Pieces:
-        """What to read for experts, expert i to `i * stride` of a buffer; with flags, the second
-        plane only of those that have one set."""
+        """What to read for experts, expert i to `slots[i] * stride` of a buffer, or `i * stride`;
+        with flags, the second plane only of those that have one set."""
         places = self._places.get(layer) or self._open_layer(layer)
         pieces = places.pieces[experts]
-        if stride and len(experts) > 1:
-            pieces[:, :, AT] += stride * np.arange(len(experts))[:, None]
+        if stride and (slots is not None or len(experts) > 1):
+            numbers = np.arange(len(experts)) if slots is None else slots
+            pieces[:, :, AT] += stride * numbers[:, None]
         if full is not None:
             return pieces[full[:, None] | ~places.second]
         return pieces.reshape(-1, 4)
+
+    def second_planes(self, layer: int) -> npt.NDArray[np.bool_]:
+        """Which of an expert's pieces are second planes."""
+        return (self._places.get(layer) or self._open_layer(layer)).second
 
     def close(self) -> None:
         for fd in self._files.values():

@@ -26,9 +26,10 @@ from flash_moe.kernels.spec import SLOT_MASK, U32, ExpertSpec, expert_spec, inve
 from flash_moe.options import Phase
 from flash_moe.stream import planes
 from flash_moe.stream.bank import Bank, Lane
+from flash_moe.stream.mapping import MappedExperts
 from flash_moe.stream.precision import Flags, Precision
 from flash_moe.stream.reader import Reader
-from flash_moe.stream.store import ExpertStore
+from flash_moe.stream.store import ExpertStore, Slots
 
 # Hears of the experts that a layer's router chose, for every token and rank.
 RoutingObserver = Callable[[int, U32], None]
@@ -51,6 +52,8 @@ class Streamer:
     reader: Reader
     bank: Bank
     kernels: Kernels | None = None
+    # For kernels that compute from any address: those on a CPU.
+    mapping: MappedExperts | None = None
     precision: Precision = Precision()
     # What is being computed: precision and the choice of experts depend on it.
     phase: Phase = "prompt"
@@ -66,14 +69,51 @@ class Streamer:
         self.readback_seconds += time.perf_counter() - start
         return chosen
 
-    def load(self, layer: int, experts: list[int], full: Flags | None = None) -> Lane:
+    def load(
+        self,
+        layer: int,
+        experts: list[int],
+        full: Flags | None = None,
+        spec: ExpertSpec | None = None,
+    ) -> Lane:
         """Read experts of a layer, in full or their first planes, into the next lane; expert
-        `experts[i]` is in slot i."""
-        lane = self.bank.take(experts)
-        pieces = self.store.pieces(layer, experts, self.bank.stride, full)
-        self.reader.read(pieces, lane.buffer)
+        `experts[i]` is in slot i. For a kernel of a spec, those that the page cache has stay there
+        and have no more than their number in the lane."""
+        lane, rest = self.bank.take(experts), None
         self.reader.counters.experts += len(experts)
+        if self.mapping is not None and spec is not None:
+            rest = self._map(self.mapping, lane, layer, experts, full, spec)
+        if rest is None:
+            pieces = self.store.pieces(layer, experts, self.bank.stride, full)
+        else:
+            full = None if full is None else full[rest]
+            few = [experts[slot] for slot in rest]
+            pieces = self.store.pieces(layer, few, self.bank.stride, full, rest)
+        if len(pieces):
+            self.reader.read(pieces, lane.buffer)
         return lane
+
+    def _map(
+        self,
+        mapping: MappedExperts,
+        lane: Lane,
+        layer: int,
+        experts: list[int],
+        full: Flags | None,
+        spec: ExpertSpec,
+    ) -> Slots | None:
+        """Lets the lane say where experts are mapped; the slots of those that are not, or None if
+        none is."""
+        start, counters = time.perf_counter(), self.reader.counters
+        there, nbytes = mapping.find(layer, experts, full)
+        if nbytes:
+            parts = lane.parts(spec).copy()
+            parts[there] = mapping.parts(layer, np.array(experts)[there], spec)
+            lane.elsewhere = parts
+        counters.nbytes += nbytes
+        counters.mapped += nbytes
+        counters.seconds += time.perf_counter() - start
+        return np.flatnonzero(~there) if nbytes else None
 
 
 class StreamedLayer:
@@ -125,7 +165,7 @@ class StreamedLayer:
         if not self._fit(experts) or not self._by_kernels(len(slots), len(experts)):
             rows, place = self._in_groups(x, experts, slots)
             return kernels.combine(rows, place, weights, shared, x.dtype)
-        lane = self._load(experts, slots)
+        lane = self._load(experts, slots, self.spec)
         output = kernels.mixture(lane, self.spec, x, slots.reshape(chosen.shape), weights, shared)
         lane.fence(output)
         return output
@@ -153,11 +193,11 @@ class StreamedLayer:
             slots = planes.mark_full(slots, everything if full is None else full.ravel())
         return experts.tolist(), slots
 
-    def _load(self, experts: list[int], slots: U32) -> Lane:
+    def _load(self, experts: list[int], slots: U32, spec: ExpertSpec | None = None) -> Lane:
         full: Flags | None = None
         if self._two_planes:
             full = planes.experts_in_full(slots, len(experts))
-        return self.streamer.load(self.number, experts, full)
+        return self.streamer.load(self.number, experts, full, spec)
 
     def _compute(self, experts: list[int], x: mx.array, slots: U32) -> mx.array:
         lane = self._load(experts, slots)
@@ -181,7 +221,7 @@ class StreamedLayer:
         kernels = self.streamer.kernels
         if kernels is None or self.spec is None or not self._by_kernels(len(slots), len(experts)):
             return self._compute(experts, x[mx.array(tokens)], slots[:, None]).squeeze(-2)
-        lane = self._load(experts, slots)
+        lane = self._load(experts, slots, self.spec)
         rows = kernels.rows(lane, self.spec, x, tokens, slots)
         lane.fence(rows)
         return rows
