@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
+from flash_moe.kernels.cuda_build import CudaKernel
+
 GpuKind = Literal["metal", "cuda"]
 
 
@@ -31,10 +33,11 @@ def on_cuda(source: str) -> str:
 
 @cache
 def kernel(kind: GpuKind, name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
-    """A callable of mlx.core.fast; it compiles at its first call for each choice of constants."""
+    """A callable like those of mlx.core.fast; it compiles at its first call for each choice of
+    constants."""
     header, source = text("moe_common.h"), text(f"{name}.metal")
-    make: Any = mx.fast.metal_kernel
     if kind == "cuda":
-        make = mx.fast.cuda_kernel
-        header, source = text("metal_on_cuda.h") + on_cuda(header), on_cuda(source)
+        header = text("metal_on_cuda.h") + on_cuda(header)
+        return CudaKernel(name, inputs, outputs, header, on_cuda(source))
+    make: Any = mx.fast.metal_kernel
     return make(name, list(inputs), list(outputs), source, header)

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flash_moe import upstream
+from flash_moe.arrays import on_cuda
 from flash_moe.callbacks import Progress, no_progress
 from flash_moe.checkpoint.folder import open_folder
 from flash_moe.checkpoint.locations import ExpertLayer
@@ -24,6 +25,7 @@ from flash_moe.checkpoint.skeleton import open_skeleton
 from flash_moe.checkpoint.switches import companions
 from flash_moe.errors import FlashMoeError, OptionError, Remedy
 from flash_moe.kernels.backends import make_kernels, make_operations
+from flash_moe.kernels.cuda_build import keep_what_mlx_compiles
 from flash_moe.kernels.native_backend import NativeLinear
 from flash_moe.kernels.runtime import Runtime, choose_runtime
 from flash_moe.machine import memory_bytes
@@ -103,6 +105,8 @@ def load(
     """Open a checkpoint folder or a pack and bring its resident weights, and only those, in."""
     start = time.perf_counter()
     runtime = choose_runtime(settings.runtime)
+    if on_cuda():
+        keep_what_mlx_compiles()
     folder = open_folder(path)
     skeleton = open_skeleton(folder, chosen_experts(folder, settings.experts))
     layers = skeleton.layers()
