@@ -33,7 +33,7 @@ class Engine:
     def __init__(
         self, model: StreamedModel, tokenizer: ChatTokenizer, prefix: PrefixStore | None = None
     ) -> None:
-        self.warning = find_backends().problem
+        self.warning = find_backends().problem or model.warning
         self.model = model
         self.tokenizer = tokenizer
         self.prefix = prefix

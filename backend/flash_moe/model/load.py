@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from flash_moe.kernels.native_backend import NativeLinear
 from flash_moe.kernels.runtime import Runtime, choose_runtime
 from flash_moe.machine import memory_bytes
 from flash_moe.model.install import find_heads, install_kernels, knows_formula, renormalises
+from flash_moe.model.proof import explain, prove
 from flash_moe.options import Settings
 from flash_moe.stream.bank import Bank
 from flash_moe.stream.choice import ExpertChoice
@@ -45,7 +47,8 @@ LOAD_STEP_BYTES = 64 << 20
 
 @dataclass(slots=True)
 class StreamedModel:
-    """`heads` are the native matrices that give logits."""
+    """`heads` are the native matrices that give logits. `warning` is for the user: what is slower
+    than it should be."""
 
     model: nn.Module
     config: dict[str, Any]
@@ -56,6 +59,7 @@ class StreamedModel:
     runtime: Runtime
     heads: list[NativeLinear]
     load_seconds: float
+    warning: str | None = None
     _thread: int = field(default_factory=threading.get_ident)
 
     def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
@@ -131,6 +135,9 @@ def load(
     resident = list(skeleton.resident().values())
     plan = replace(plan, resident_bytes=sum(array.nbytes for array in resident))
     _materialise(resident, progress)
+    failed = []
+    if runtime.name in ("metal", "cuda"):
+        failed = prove(skeleton.model, partial(upstream.make_cache, skeleton.model))
     return StreamedModel(
         skeleton.model,
         skeleton.config,
@@ -141,6 +148,7 @@ def load(
         runtime,
         find_heads(skeleton.model),
         time.perf_counter() - start,
+        explain(failed),
     )
 
 

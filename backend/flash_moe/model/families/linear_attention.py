@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from flash_moe.kernels.gpu_operations import Gates, gated_delta_raw, short_conv
 from flash_moe.kernels.shaders import GpuKind
 
 BLOCK = ("mlx_lm.models.qwen3_5", "GatedDeltaNet")
+FUSED = "FusedGatedDeltaNet"
 
 
 def fuse(module: nn.Module, kind: GpuKind) -> bool:
@@ -23,6 +25,21 @@ def fuse(module: nn.Module, kind: GpuKind) -> bool:
         return False
     module.__class__ = _fused(own, kind)
     return True
+
+
+def is_fused(module: nn.Module) -> bool:
+    return type(module).__name__ == FUSED
+
+
+def unfuse(module: nn.Module) -> None:
+    """Back to mlx-lm's own."""
+    module.__class__ = type(module).__mro__[1]
+
+
+def own_call(module: nn.Module) -> Callable[..., mx.array]:
+    """What mlx-lm computes in the place of a fused module."""
+    own: Any = type(module).__mro__[1]
+    return partial(own.__call__, module)
 
 
 @cache
@@ -56,4 +73,4 @@ def _fused(own: Any, kind: GpuKind) -> type:
         y = self.out_proj(self.norm(rows, z).reshape(1, tokens, -1))
         return y
 
-    return type("FusedGatedDeltaNet", (own,), {"__call__": call})
+    return type(FUSED, (own,), {"__call__": call})
