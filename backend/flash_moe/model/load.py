@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from flash_moe.kernels.runtime import Runtime, choose_runtime
 from flash_moe.machine import memory_bytes
 from flash_moe.model.install import find_heads, install_kernels, knows_formula, renormalises
 from flash_moe.model.proof import explain, prove
+from flash_moe.model.wired import wire
 from flash_moe.options import Settings
 from flash_moe.stream.bank import Bank
 from flash_moe.stream.choice import ExpertChoice
@@ -60,6 +62,7 @@ class StreamedModel:
     heads: list[NativeLinear]
     load_seconds: float
     warning: str | None = None
+    _unwire: Callable[[], Any] = lambda: None
     _thread: int = field(default_factory=threading.get_ident)
 
     def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
@@ -97,6 +100,7 @@ class StreamedModel:
         try:
             self.streamer.bank.drain()
         finally:
+            self._unwire()
             self.streamer.reader.close()
             if self.streamer.mapping is not None:
                 self.streamer.mapping.close()
@@ -134,6 +138,7 @@ def load(
     install_kernels(skeleton.model, streamer, runtime, choice)
     resident = list(skeleton.resident().values())
     plan = replace(plan, resident_bytes=sum(array.nbytes for array in resident))
+    unwire = wire(plan.resident_bytes + plan.bank_bytes)
     _materialise(resident, progress)
     failed = []
     if runtime.name in ("metal", "cuda"):
@@ -149,6 +154,7 @@ def load(
         find_heads(skeleton.model),
         time.perf_counter() - start,
         explain(failed),
+        unwire,
     )
 
 
