@@ -118,8 +118,8 @@ def test_the_plugin_comes_in_by_the_door() -> None:
 def test_the_door() -> None:
     """Every name is one that somebody outside needs, and each can be had."""
     assert sorted(flash_moe.__all__, key=str.lower) == [
-        *("BUILT_IN", "Checkpoint", "Diagnosis", "Engine", "errors", "Evaluation", "Event"),
-        *("InferenceThread", "options", "PackJob", "PrefixSettings", "PromptFolder"),
+        *("Benchmark", "BUILT_IN", "Checkpoint", "Diagnosis", "Engine", "errors", "Evaluation"),
+        *("Event", "InferenceThread", "options", "PackJob", "PrefixSettings", "PromptFolder"),
         *("Reply", "Request", "Settings", "SynthJob", "write_json"),
     ]
     for name in flash_moe.__all__:

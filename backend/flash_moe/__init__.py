@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flash_moe.evaluation.evaluation import Evaluation
     from flash_moe.format.atomic import write_json
     from flash_moe.inspection import Checkpoint
+    from flash_moe.measure.bench import Benchmark
     from flash_moe.measure.doctor import Diagnosis
     from flash_moe.options import Request, Settings
     from flash_moe.pack.job import PackJob
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BUILT_IN",
+    "Benchmark",
     "Checkpoint",
     "Diagnosis",
     "Engine",
@@ -56,6 +58,7 @@ __all__ = [
 
 _HOMES = {
     "BUILT_IN": "built_in",
+    "Benchmark": "measure.bench",
     "Checkpoint": "inspection",
     "Diagnosis": "measure.doctor",
     "Engine": "engine",

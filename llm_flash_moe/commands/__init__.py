@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from llm_flash_moe.commands.add import add
+from llm_flash_moe.commands.bench import bench
 from llm_flash_moe.commands.cache import cache
 from llm_flash_moe.commands.doctor import doctor
 from llm_flash_moe.commands.evaluate import evaluate
@@ -21,5 +22,5 @@ def flash_moe() -> None:
     """Run Mixture-of-Experts models that are bigger than memory."""
 
 
-for command in (add, cache, doctor, evaluate, info, models, pack, path, remove, synth):
+for command in (add, bench, cache, doctor, evaluate, info, models, pack, path, remove, synth):
     flash_moe.add_command(command)

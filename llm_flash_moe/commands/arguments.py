@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from pydantic import ValidationError
+
+from llm_flash_moe.errors import PluginError
+from llm_flash_moe.options import SETTINGS, ModelOptions
 
 PATH = click.Path(path_type=Path)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON")
@@ -13,3 +18,32 @@ EXPERTS = click.option(
 )
 NAME = click.option("--name", help="Name for llm -m (the folder's name)")
 TO = click.option("--to", type=PATH, help="Folder to write into, instead of llm's own")
+OPTIONS = click.option(
+    "-o",
+    "--option",
+    "options",
+    type=(str, str),
+    multiple=True,
+    metavar="KEY VALUE",
+    help=f"As llm -o, for what a model is loaded with: {', '.join(SETTINGS)}",
+)
+
+
+def given_options(pairs: Sequence[tuple[str, str]]) -> ModelOptions:
+    """What OPTIONS were given. Replies are greedy, and their length is set: only what a model is
+    loaded with can differ."""
+    known = f"Choose {', '.join(SETTINGS)}."
+    for key, _ in pairs:
+        if key not in SETTINGS:
+            fault = "changes nothing here" if key in ModelOptions.model_fields else "is no option"
+            raise PluginError(f"-o {key} {fault}. {known}")
+    try:
+        return ModelOptions(**dict(pairs))  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
+        raise PluginError(f"-o {first['loc'][0]} {first['input']}: {message}.") from error
+
+
+def expanded(path: Path | None) -> Path | None:
+    return None if path is None else path.expanduser()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -42,24 +43,26 @@ WIDE = "16-bit weights are computed in float32: on a CPU, MLX takes 9 times as l
 def doctor(name: str | None, as_json: bool) -> None:
     """Show what computes the experts here, why, and what would be faster.
 
-    With the NAME of a model, also which of its layers our kernels compute. Fails if something is
-    broken. Slow is not a failure.
+    With the NAME of a model, also which of its layers our kernels compute, and what its disk gives.
+    Fails if something is broken. Slow is not a failure.
     """
     from flash_moe import Diagnosis
 
     with as_click_errors():
         entry = Registry.of_user().get(name) if name else None
         diagnosis = Diagnosis.of_machine()
-        layers = None
+        layers = disk = None
         if name and entry and diagnosis.runtime:
-            layers = diagnosis.left_to_mlx(folder_of(name, entry))
+            folder = folder_of(name, entry)
+            layers, disk = diagnosis.left_to_mlx(folder), diagnosis.disk(folder, entry.experts)
     if as_json:
-        model = {} if layers is None else {"model": name, "layers": layers}
+        model = {"model": name, "layers": layers, "disk": asdict(disk)} if disk else {}
         click.echo(json.dumps({**diagnosis.to_json(), **model}, indent=2))
     else:
         _print(_rows(diagnosis))
-        if layers is not None:
-            _print({"Layers": _layers(layers, diagnosis.runtime)})
+        if layers is not None and disk is not None:
+            speed = _disk(disk.rate, disk.tokens_per_second)
+            _print({"Layers": _layers(layers, diagnosis.runtime), "Disk": [speed]})
     if diagnosis.broken:
         raise PluginError(" ".join(diagnosis.broken))
 
@@ -107,6 +110,15 @@ def _layers(layers: Mapping[str, str | None], runtime: str | None) -> list[str]:
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         lines.append(f"left to MLX: {paths[0]}{more}: {reason}")
     return lines
+
+
+def _disk(rate: float | None, tokens_per_second: float | None) -> str:
+    if rate is None or tokens_per_second is None:
+        return "not measured: this file system has no reads past the page cache"
+    return (
+        f"{rate / 1e9:.2f} GB/s for experts of this model: {tokens_per_second:.1f} tokens/s at "
+        "most, with nothing cached"
+    )
 
 
 def _print(rows: Mapping[str, Sequence[str]]) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from pydantic import ValidationError
 
 from flash_moe import options as engine_options
 from llm_flash_moe import paths
-from llm_flash_moe.commands.arguments import AS_JSON, PATH
-from llm_flash_moe.errors import PluginError, as_click_errors
-from llm_flash_moe.options import SETTINGS, ModelOptions
+from llm_flash_moe.commands.arguments import AS_JSON, OPTIONS, PATH, expanded, given_options
+from llm_flash_moe.commands.tables import print_table
+from llm_flash_moe.errors import as_click_errors
 from llm_flash_moe.progress import StatusLine, item_bar
 from llm_flash_moe.registry import Registry
 
@@ -26,15 +25,7 @@ if TYPE_CHECKING:
 @click.command(name="eval")
 @click.argument("name")
 @click.option("--data", type=PATH, help="Folder with text.jsonl and dialogues.jsonl")
-@click.option(
-    "-o",
-    "--option",
-    "options",
-    type=(str, str),
-    multiple=True,
-    metavar="KEY VALUE",
-    help=f"As llm -o, for what a model is loaded with: {', '.join(SETTINGS)}",
-)
+@OPTIONS
 @click.option(
     "--only",
     type=click.Choice(engine_options.EVALUATION_SECTIONS),
@@ -69,7 +60,7 @@ def evaluate(
     """
     from flash_moe import Evaluation
 
-    model_options = _model_options(options)
+    model_options = given_options(options)
     loading = StatusLine("loading", " bytes")
     with as_click_errors():
         path, experts = Registry.of_user().find(name)
@@ -77,13 +68,13 @@ def evaluate(
             path,
             model_options.settings(experts),
             about={"model": name, "options": model_options.loading()},
-            data=_expanded(data),
+            data=expanded(data),
             sections=only or engine_options.EVALUATION_SECTIONS,
             limit=limit,
             constrained=constrained,
-            save=_expanded(save),
-            against=_expanded(against),
-            routing=_expanded(routing),
+            save=expanded(save),
+            against=expanded(against),
+            routing=expanded(routing),
             state_folder=paths.evaluations(),
             progress=loading.update,
         ) as evaluation:
@@ -97,7 +88,7 @@ def evaluate(
         return
     click.echo("\n".join(report.heading()))
     for table in report.tables():
-        _print_table(table.title, table.columns, table.rows)
+        print_table(table.title, table.columns, table.rows)
     click.echo("\n".join(["", *report.summary()]))
 
 
@@ -114,39 +105,3 @@ def _saying_where(evaluation: Evaluation) -> Iterator[None]:
 
 def _progress_text(evaluation: Evaluation) -> str:
     return f"{evaluation.done} of {evaluation.total} items"
-
-
-def _model_options(pairs: Sequence[tuple[str, str]]) -> ModelOptions:
-    """Replies are greedy, and their length is set: only what a model is loaded with can differ."""
-    known = f"Choose {', '.join(SETTINGS)}."
-    for key, _ in pairs:
-        if key not in SETTINGS:
-            fault = "changes nothing here" if key in ModelOptions.model_fields else "is no option"
-            raise PluginError(f"-o {key} {fault}. {known}")
-    try:
-        return ModelOptions(**dict(pairs))  # type: ignore[arg-type]
-    except ValidationError as error:
-        first = error.errors()[0]
-        message = first["msg"].removeprefix("Value error, ")
-        raise PluginError(f"-o {first['loc'][0]} {first['input']}: {message}.") from error
-
-
-def _expanded(path: Path | None) -> Path | None:
-    return None if path is None else path.expanduser()
-
-
-def _print_table(
-    title: str, columns: Sequence[tuple[str, bool]], rows: Sequence[tuple[str, ...]]
-) -> None:
-    """Columns are (name, whether it is aligned to the right)."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for name, right in columns:
-        table.add_column(name, justify="right" if right else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    click.echo(f"\n{title}" if title else "")
-    if rows:
-        Console(highlight=False).print(table)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from flash_moe.inspection import Checkpoint
 from flash_moe.kernels.runtime import choose_runtime
 from flash_moe.machine import Nvidia, parse_driver, parse_smi, parse_vm_stat
 from flash_moe.measure.advice import cuda_advice, mend_import
@@ -283,7 +285,9 @@ def test_what_tools_and_kernels_print() -> None:
 # Layers of a model ----------------------------------------------------------------------------
 
 
-def test_a_model_of_ours_is_covered_and_nothing_is_read(demo_folder: Path, tmp_path: Path) -> None:
+def test_a_model_of_ours_is_covered_and_no_weight_is_looked_at(
+    demo_folder: Path, tmp_path: Path
+) -> None:
     """Headers are enough: the weights of this copy are a hole in the file."""
     hollow = tmp_path / "hollow"
     shutil.copytree(demo_folder, hollow)
@@ -294,7 +298,7 @@ def test_a_model_of_ours_is_covered_and_nothing_is_read(demo_folder: Path, tmp_p
     register(tmp_path / "llm-home", hollow=hollow)
     would = " would be" if choose_runtime().name == "mlx" else ""
     text = works("flash-moe", "doctor", "hollow").stdout
-    assert text.endswith(f"\nLayers   4 of 4{would} computed by our kernels\n")
+    assert f"\nLayers   4 of 4{would} computed by our kernels\nDisk " in text
     facts = json.loads(works("flash-moe", "doctor", "hollow", "--json").stdout)
     assert (facts["model"], list(facts["layers"].values())) == ("hollow", [None] * 4)
 
@@ -318,9 +322,13 @@ def test_layers_that_are_left_to_mlx(
     model, config = random_model(name, **quantized)
     write_checkpoint(model, config, tmp_path / "model")
     register(tmp_path / "llm-home", model=tmp_path / "model")
-    layers = json.loads(works("flash-moe", "doctor", "model", "--json").stdout)["layers"]
+    facts = json.loads(works("flash-moe", "doctor", "model", "--json").stdout)
+    layers, disk = facts["layers"], facts["disk"]
     assert set(layers.values()) == {reason}
     text = works("flash-moe", "doctor", "model").stdout
+    assert disk["token_bytes"] == Checkpoint(tmp_path / "model").plan().token_bytes
+    limit = r"\d+\.\d\d GB/s for experts of this model: \d+\.\d tokens/s at most"
+    assert re.search(rf"^Disk +{limit if disk['rate'] else 'not measured'}", text, re.MULTILINE)
     more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
     assert reason is None or f"left to MLX: {next(iter(layers))}{more}: {reason}\n" in text
     # And so it is when the model is loaded.

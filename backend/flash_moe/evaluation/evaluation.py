@@ -32,6 +32,7 @@ from flash_moe.evaluation.reference import Reference, write_reference
 from flash_moe.evaluation.replies import grammar_for
 from flash_moe.evaluation.report import Report
 from flash_moe.evaluation.run_state import RunState, SavedPredictions, key_of_run
+from flash_moe.format.atomic import require_target
 from flash_moe.model.load import load
 from flash_moe.options import EVALUATION_SECTIONS, Settings, user_options
 
@@ -64,7 +65,7 @@ class Evaluation:
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         held_out = read_held_out(data or HELD_OUT, sections, limit)
-        self._save, self._routing = _require_target(save), _require_target(routing)
+        self._save, self._routing = require_target(save), require_target(routing)
         reference = None if against is None else Reference(against)
         tokenizer = load_tokenizer(path)
         if reference is not None:
@@ -154,18 +155,6 @@ def _describe(
         limit=limit,
         constrained=constrained,
     )
-
-
-def _require_target(path: Path | None) -> Path | None:
-    """Where a file is to be written, checked before hours are spent on its content."""
-    if path is None:
-        return None
-    path = path.resolve()
-    if path.is_dir():
-        raise OptionError(f"{path} is a folder: choose another place for the file.")
-    if not path.parent.is_dir():
-        raise OptionError(f"Cannot write {path}: its folder does not exist.")
-    return path
 
 
 def _require_grammars(

@@ -9,6 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flash_moe.errors import OptionError
+
+
+def require_target(path: Path | None) -> Path | None:
+    """Where a file is to be written, checked before hours are spent on its content."""
+    if path is None:
+        return None
+    path = path.resolve()
+    if path.is_dir():
+        raise OptionError(f"{path} is a folder: choose another place for the file.")
+    if not path.parent.is_dir():
+        raise OptionError(f"Cannot write {path}: its folder does not exist.")
+    return path
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

@@ -1,1 +1,1 @@
-"""The machine: what computes the experts here and what would be faster."""
+"""The machine: what computes the experts here, what would be faster, and where the time goes."""

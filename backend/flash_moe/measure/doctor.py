@@ -9,11 +9,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flash_moe.machine import Machine, inspect_machine
 from flash_moe.measure.advice import gpu_advice, mend_import
 from flash_moe.mlx_library import Backends, find_backends
+
+if TYPE_CHECKING:
+    from flash_moe.measure.disk import Disk
 
 MOVE_CACHE = (
     "The cache folder cannot be used, so the kernels are compiled anew at every start. Set "
@@ -60,6 +63,12 @@ class Diagnosis:
         from flash_moe.measure.coverage import left_to_mlx
 
         return left_to_mlx(path)
+
+    def disk(self, path: Path, experts: int | None = None) -> Disk:
+        """What the disk of a model gives, in a second or some."""
+        from flash_moe.measure.disk import measure_disk
+
+        return measure_disk(path, experts)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

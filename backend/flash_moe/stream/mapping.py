@@ -68,6 +68,12 @@ class MappedExperts:
             self._give_up(fd, number * BLOCK)
         return there, int(pieces[there, :, LENGTH].sum())
 
+    def give_up_all(self) -> None:
+        """The page cache drops nothing that a process has mapped."""
+        while self._used:
+            (fd, number), _ = self._used.popitem()
+            self._give_up(fd, number * BLOCK)
+
     def parts(self, layer: int, experts: npt.NDArray[np.int_], spec: ExpertSpec) -> U64:
         """Where the parts of experts are mapped, [experts, parts]."""
         if layer not in self._parts:
