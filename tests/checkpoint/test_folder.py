@@ -166,6 +166,21 @@ def test_a_list_of_k_a_layer() -> None:
     assert with_experts_per_token(config([2, 8, 4]), 3) == config([3, 3, 3])
 
 
+def test_dense_layers_use_none() -> None:
+    assert experts_per_token(config([0, 8, 4])) == 8
+    assert experts_per_token({"model_type": "m", "num_experts": 0, "num_experts_per_tok": 0}) == 0
+
+
+@pytest.mark.parametrize(
+    "k", ["4", 1.5, True, {}, [], 0, -1, 17, [4, "4"], [4, 17], [4, -1], [0, 0], 10**400]
+)
+@pytest.mark.parametrize("nested", [True, False])
+def test_what_is_no_number_of_experts_is_refused(k: Any, nested: bool) -> None:
+    """mlx-lm would compute with one expert, or fail at the first token."""
+    with pytest.raises(CheckpointError, match=r"config.json says num_experts_per_tok: .*are 16"):
+        experts_per_token(config(k, nested))
+
+
 def test_every_place_is_changed() -> None:
     """Some configs state K twice, at the top and nested."""
     both = {**config(4), "num_experts_per_tok": 4}
@@ -189,9 +204,12 @@ def test_a_config_without_k() -> None:
 @settings(max_examples=200, deadline=None)
 def test_any_k_in_a_config(own: Any, total: Any, k: int) -> None:
     odd = {"model_type": "m", "num_experts": total, "text_config": {"num_experts_per_tok": own}}
-    count = experts_per_token(odd)
-    assert count is None or type(count) is int
     assert type(routed_experts(odd)) is int
+    try:
+        count = experts_per_token(odd)
+    except CheckpointError:
+        return
+    assert count is None or type(count) is int
     try:
         changed = with_experts_per_token(odd, k)
     except OptionError:

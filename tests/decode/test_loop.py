@@ -15,7 +15,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.utils import load_model
 
 from flash_moe.decode.loop import Generation, TokenRequest
-from flash_moe.errors import OptionError
+from flash_moe.errors import CheckpointError, OptionError
 from flash_moe.model.load import StreamedModel, load
 from flash_moe.options import Sampling, Settings
 from flash_moe.synth.model import Shape, synthesize
@@ -48,6 +48,14 @@ def generation(
     return Generation(
         model, TokenRequest(prompt=prompt, max_tokens=max_tokens, **request), chunk=chunk
     )
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY, 12_047, 2**31])
+def test_tokens_that_the_model_does_not_know(streamed: StreamedModel, token: int) -> None:
+    """MLX would read what lies behind the embedding."""
+    assert list(generation(streamed, 1, [0, VOCABULARY - 1]))
+    with pytest.raises(CheckpointError, match=f"token {token}, and the model has {VOCABULARY}"):
+        generation(streamed, 1, [7, token, 300])
 
 
 def mlx_lm_tokens(folder: Path, count: int, sampling: Sampling) -> list[int]:

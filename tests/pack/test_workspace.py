@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from flash_moe.checkpoint.folder import open_folder
 from flash_moe.errors import CheckpointError, NoSpace, Remedy
 from flash_moe.format.manifest import MANIFEST, read_manifest, verify
 from flash_moe.pack.job import PackJob
@@ -34,6 +35,27 @@ def test_the_source_changed_in_between(small: Path, tmp_path: Path) -> None:
         pack(small, target)
     assert hashes(tmp_path / "pack.partial") == partial
     assert not target.exists()
+
+
+def test_another_fine_tune_of_the_same_model(small: Path, tmp_path: Path) -> None:
+    """Its config and headers are the same to the byte. Nor does one tensor that differs pass."""
+    target = tmp_path / "pack"
+    half_made(small, target)
+    partial = hashes(tmp_path / "pack.partial")
+    other = tiny_checkpoint(tmp_path / "other", seed=1)
+    slightly = shutil.copytree(small, tmp_path / "slightly")
+    tensor = next(t for n, t in open_folder(slightly).tensors.items() if n.endswith("A_log"))
+    with tensor.file.open("r+b") as file:
+        file.seek(tensor.offset)
+        file.write(bytes(tensor.nbytes))
+    for source in (other, slightly):
+        headers = [tensor.shape for tensor in open_folder(source).tensors.values()]
+        assert headers == [tensor.shape for tensor in open_folder(small).tensors.values()]
+        with pytest.raises(CheckpointError, match="was begun from another checkpoint"):
+            pack(source, target)
+    assert hashes(tmp_path / "pack.partial") == partial
+    pack(small, target)
+    assert hashes(target) == hashes(pack(small, tmp_path / "reference"))
 
 
 def half_made(source: Path, target: Path) -> None:

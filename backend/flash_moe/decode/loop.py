@@ -77,6 +77,7 @@ class Generation:
         begin: Begin | None = None,
         chunk: int | None = None,
     ) -> None:
+        model.require_known(request.prompt)
         self.stats = Stats(
             prompt_tokens=len(request.prompt),
             load_seconds=model.load_seconds,

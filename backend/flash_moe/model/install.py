@@ -58,12 +58,7 @@ def renormalises(model: nn.Module) -> bool:
 def find_heads(model: nn.Module) -> list[NativeLinear]:
     """The native matrices that give logits: as many rows as there are words, and in no layer. A
     matrix inside of a layer may have that many by chance, and the state needs it."""
-    modules = model.named_modules()
-    words = {
-        m.weight.shape[0]
-        for _, m in modules
-        if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))
-    }
+    modules, words = model.named_modules(), _embedding_rows(model)
     return [
         module
         for path, module in modules
@@ -71,6 +66,19 @@ def find_heads(model: nn.Module) -> list[NativeLinear]:
         and module.rows in words
         and not any(part.isdigit() for part in path.split("."))
     ]
+
+
+def count_words(model: nn.Module) -> int:
+    """Tokens that the model knows: a token has a row in the largest embedding, or nowhere."""
+    return max(_embedding_rows(model), default=2**31)
+
+
+def _embedding_rows(model: nn.Module) -> set[int]:
+    return {
+        m.weight.shape[0]
+        for _, m in model.named_modules()
+        if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))
+    }
 
 
 def refuse_narrow(model: nn.Module) -> None:

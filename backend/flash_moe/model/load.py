@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,13 +25,19 @@ from flash_moe.checkpoint.locations import ExpertLayer
 from flash_moe.checkpoint.plan import Plan, chosen_experts, make_plan
 from flash_moe.checkpoint.skeleton import open_skeleton
 from flash_moe.checkpoint.switches import companions
-from flash_moe.errors import FlashMoeError, OptionError, Remedy
+from flash_moe.errors import CheckpointError, FlashMoeError, OptionError, Remedy
 from flash_moe.kernels.backends import make_kernels, make_operations
 from flash_moe.kernels.cuda_build import keep_what_mlx_compiles
 from flash_moe.kernels.native_backend import NativeLinear
 from flash_moe.kernels.runtime import Runtime, choose_runtime
 from flash_moe.machine import memory_bytes
-from flash_moe.model.install import find_heads, install_kernels, knows_formula, renormalises
+from flash_moe.model.install import (
+    count_words,
+    find_heads,
+    install_kernels,
+    knows_formula,
+    renormalises,
+)
 from flash_moe.model.proof import explain, prove
 from flash_moe.model.wired import wire
 from flash_moe.options import Settings
@@ -49,7 +55,8 @@ LOAD_STEP_BYTES = 64 << 20
 
 @dataclass(slots=True)
 class StreamedModel:
-    """`heads` are the native matrices that give logits. `warning` is for the user: what is slower
+    """`heads` are the native matrices that give logits, `words` how many tokens the embedding
+    knows. `warning` is for the user: what is slower
     than it should be."""
 
     model: nn.Module
@@ -60,6 +67,7 @@ class StreamedModel:
     streamer: Streamer
     runtime: Runtime
     heads: list[NativeLinear]
+    words: int
     load_seconds: float
     warning: str | None = None
     _unwire: Callable[[], Any] = lambda: None
@@ -87,6 +95,17 @@ class StreamedModel:
     def make_cache(self) -> list[Any]:
         """The state of a new conversation."""
         return upstream.make_cache(self.model)
+
+    def require_known(self, tokens: Sequence[int]) -> None:
+        """CheckpointError for a token that no embedding has a row for: MLX would read whatever lies
+        behind it, or crash."""
+        if not tokens or (min(tokens) >= 0 and max(tokens) < self.words):
+            return
+        wrong = min(tokens) if min(tokens) < 0 else max(tokens)
+        raise CheckpointError(
+            f"The tokenizer gives token {wrong}, and the model has {self.words} of them: they do "
+            "not belong together. Download the model's own tokenizer.json."
+        )
 
     @property
     def lossy(self) -> list[str]:
@@ -152,6 +171,7 @@ def load(
         streamer,
         runtime,
         find_heads(skeleton.model),
+        count_words(skeleton.model),
         time.perf_counter() - start,
         explain(failed),
         unwire,

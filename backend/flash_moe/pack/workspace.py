@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from flash_moe.format.json_files import read_json
 from flash_moe.pack.transform import ExpertTransform
 
 IDENTITY = "source.json"
+SAMPLES, SAMPLE_BYTES = "samples", 4096
 # Inside of the workspace, what will be the pack.
 PACK = "pack"
 
@@ -40,14 +41,31 @@ def open_workspace(target: Path, nbytes: int, identity: dict[str, Any]) -> Itera
 
 
 def identity_of(folder: Folder, transform: ExpertTransform | None) -> dict[str, Any]:
-    """The source, as its headers describe it (contents are too large to hash twice), and the
-    transform. Written to disk: packs that an older version began are resumed by these keys."""
+    """The source, by its headers and by samples of every tensor (all of them are too much to hash
+    twice; two fine-tunes of one model have equal headers), and the transform. Written to disk:
+    packs that an older version began are resumed by these keys, before it had samples."""
     digest = hashlib.sha256((folder.path / "config.json").read_bytes())
     for tensor in sorted(folder.tensors.values(), key=lambda tensor: tensor.name):
         digest.update(repr((tensor.name, tensor.dtype, tensor.shape, tensor.offset)).encode())
         digest.update(tensor.file.name.encode())
-    source = {"source": digest.hexdigest()}
+    source = {"source": digest.hexdigest(), SAMPLES: _samples(folder)}
     return source if transform is None else {**source, "recast": transform.to_json()}
+
+
+def _samples(folder: Folder) -> str:
+    """The beginning, the middle and the end of each tensor."""
+    digest = hashlib.sha256()
+    with ExitStack() as stack:
+        files = {
+            file: stack.enter_context(file.open("rb"))
+            for file in sorted({tensor.file for tensor in folder.tensors.values()})
+        }
+        for _, tensor in sorted(folder.tensors.items()):
+            last = max(0, tensor.nbytes - SAMPLE_BYTES)
+            for at in (0, last // 2, last):
+                size = min(SAMPLE_BYTES, tensor.nbytes)
+                digest.update(os.pread(files[tensor.file].fileno(), size, tensor.offset + at))
+    return digest.hexdigest()
 
 
 def require_absent(target: Path) -> None:
@@ -78,7 +96,10 @@ def _locked(workspace: Path) -> Iterator[None]:
 
 
 def _require_same(file: Path, identity: dict[str, Any]) -> None:
-    if file.exists() and read_json(file) != identity:
+    begun = read_json(file) if file.exists() else identity
+    if SAMPLES not in begun:
+        begun = {**begun, SAMPLES: identity[SAMPLES]}
+    if begun != identity:
         raise CheckpointError(
             f"{file.parent} was begun from another checkpoint, with other bits or another text. "
             "Remove it, or choose another target."
