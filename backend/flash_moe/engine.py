@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,10 @@ class Engine:
             cancelled=request.cancelled,
             progress=request.progress,
         )
-        generation = Generation(self.model, tokens, self.prefix.begin if self.prefix else None)
+        begin = None
+        if self.prefix is not None:
+            begin = partial(self.prefix.begin, write=request.save_prompts is not False)
+        generation = Generation(self.model, tokens, begin)
         thought = find_thought(self.tokenizer)
         inside = thought is not None and thought.is_open(prompt, self.tokenizer.stop_tokens)
         markers = Markers(thought_markers(self.tokenizer), tool_format, request.tools)

@@ -249,6 +249,9 @@ class Request(Sampling):
     thinking_budget: int | None = option(
         "Tokens after which a thought is closed and the answer begins", least=0
     )
+    save_prompts: bool | None = option(
+        "Save the state after the prompt on disk, for the next turn (as llm logs, or does not)"
+    )
     logprobs: int | None = option(
         "Log the log-probability of every token, and of this many of the likeliest", least=0
     )

@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from flash_moe import Engine, Event, Reply
 
 
+def is_logged() -> bool:
+    """Whether llm logs this prompt. What it does not, the user does not want on the disk."""
+    context = click.get_current_context(silent=True)
+    asked = {} if context is None else context.params
+    if asked.get("no_log"):
+        return False
+    return bool(asked.get("log")) or not (llm.user_dir() / "logs-off").exists()
+
+
 class Turn:
     """`work` makes the events in the inference thread; the rest is for the caller's thread. The
     response is held weakly: the inference thread keeps a turn that is not over, and must not keep
@@ -43,7 +52,7 @@ class Turn:
             tools=to_tools(prompt),
             schema=schema_of(prompt, response),
             progress=self._reading.update,
-            **self._options.request(),
+            **{"save_prompts": is_logged(), **self._options.request()},
         )
         self._response = weakref.ref(response)
         self._call_ids: dict[int, str] = {}

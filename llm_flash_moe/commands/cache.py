@@ -16,21 +16,26 @@ from llm_flash_moe.registry import Registry
 
 
 @click.command()
-@click.option("--clear", is_flag=True, help="Remove them all")
+@click.argument("name", required=False)
+@click.option("--clear", is_flag=True, help="Remove them: all, or those of the model NAME")
 @AS_JSON
-def cache(clear: bool, as_json: bool) -> None:
+def cache(name: str | None, clear: bool, as_json: bool) -> None:
     """Show which prompts are saved on disk, and for which models.
 
     A conversation that goes on, or another with the same instructions, is not read from its start
-    again. The files contain the conversations. The least recently used are removed first.
+    again. The files contain the conversations. The least recently used are removed first. What llm
+    does not log (--no-log, llm logs off) is not saved either, nor with -o save_prompts 0.
     """
     from flash_moe import PromptFolder
 
     with as_click_errors():
-        folder = PromptFolder(paths.prompts())
-        freed = folder.clear() if clear else None
+        folder, registry = PromptFolder(paths.prompts()), Registry.of_user()
+        path = registry.get(name).path if name else None
+        freed = folder.clear(path) if clear else None
         groups = folder.by_model()
-        names = {entry.path: name for name, entry in Registry.of_user().entries().items()}
+        if path is not None:
+            groups = [group for group in groups if group.model.get("path") == path]
+        names = {entry.path: name for name, entry in registry.entries().items()}
     summary = {
         "folder": str(folder.path),
         "prompts": sum(group.prompts for group in groups),

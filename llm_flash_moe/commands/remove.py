@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from llm_flash_moe import paths
 from llm_flash_moe.errors import as_click_errors
 from llm_flash_moe.registry import Registry
 
@@ -15,10 +16,12 @@ from llm_flash_moe.registry import Registry
 @click.argument("name")
 @click.option("--yes", is_flag=True, help="Do not ask before deleting files")
 def remove(name: str, yes: bool) -> None:
-    """Remove a model from the list.
+    """Remove a model from the list, and its saved prompts.
 
     Its files are deleted only if llm flash-moe wrote them into llm's own folder.
     """
+    from flash_moe import PromptFolder
+
     with as_click_errors():
         registry = Registry.of_user()
         entry = registry.get(name)
@@ -28,6 +31,7 @@ def remove(name: str, yes: bool) -> None:
         if ours:
             # Before the entry goes: what a failure leaves can be removed again.
             shutil.rmtree(entry.path)
+        PromptFolder(paths.prompts()).clear(entry.path)
         registry.remove(name)
     stay = f"; its files stay in {entry.path}" if Path(entry.path).is_dir() else ""
     click.echo(f"Removed {name}{stay}.")

@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 
 from flash_moe import Engine, PrefixSettings, Request, Settings
+from flash_moe.built_in import NAME as BUILT_IN_NAME
 from llm_flash_moe.paths import prompts
 from llm_flash_moe.registry import Entry, Registry
-from tests.plugin.terminal import works
+from tests.plugin.terminal import fails, installed_llm, works
 from tests.prefix.saved_files import files
 from tests.prefix.test_engine import QUESTION, SYSTEM
+
+# Long enough to be written.
+LONG = " ".join(f"Item {n} is kept in box {n * 7 % 90}." for n in range(20))
 
 
 def printed(*arguments: str) -> str:
@@ -75,6 +79,50 @@ def test_clear_removes_prompts_and_nothing_else(used: Path) -> None:
     about = summary("--clear")
     assert (about["freed_bytes"], about["prompts"]) == (nbytes, 0)
     assert files(used) == ["notes.txt"]
+
+
+def test_clear_with_a_name_removes_that_models(used: Path, demo_folder: Path) -> None:
+    """And so does `remove`; its name alone shows them."""
+    own = set(files(used))
+    other = Registry.of_user().get(BUILT_IN_NAME)
+    Registry.of_user().add("other", Entry(other.path))
+    said("-m", "other", LONG)
+    theirs = set(files(used)) - own
+    assert theirs
+    assert [line["model"] for line in summary("other")["models"]] == ["other"]
+    assert len(summary("mine")["models"]) == 2
+    assert summary("other", "--clear")["prompts"] == 0
+    assert set(files(used)) == own
+    works("flash-moe", "remove", "mine")
+    assert files(used) == []
+    assert "There is no model 'nope'" in fails("flash-moe", "cache", "nope")
+
+
+def test_what_is_not_logged_is_not_saved() -> None:
+    """Reading on from an earlier prompt writes nothing either."""
+
+    def saved(*arguments: object) -> int:
+        works("flash-moe", "cache", "--clear")
+        said("-m", BUILT_IN_NAME, LONG, *arguments)
+        return int(summary()["prompts"])
+
+    assert saved() == 1
+    said("-c", "And box 14?", "--no-log")
+    assert summary()["prompts"] == 1
+    assert saved("--no-log") == 0
+    works("models", "options", "set", BUILT_IN_NAME, "save_prompts", "false")
+    assert saved() == 0
+    assert saved("-o", "save_prompts", 1) == 1
+    works("models", "options", "clear", BUILT_IN_NAME)
+    works("logs", "off")
+    assert saved() == 0
+    assert saved("--log") == 1
+
+
+def said(*arguments: object) -> None:
+    """In a process of its own: one that has loaded a model goes on saving where it did."""
+    done = installed_llm(*arguments, "-o", "max_tokens", 1)
+    assert done.returncode == 0, done.stderr
 
 
 def test_files_that_are_damaged_are_listed_all_the_same(used: Path) -> None:

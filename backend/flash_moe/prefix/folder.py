@@ -80,10 +80,14 @@ class PromptFolder:
             for group in groups.values()
         ]
 
-    def clear(self) -> int:
-        """Remove our files and no others; returns the bytes freed. OSError if that is forbidden."""
+    def clear(self, model: str | None = None) -> int:
+        """Remove our files and no others, all of them or those of a model's folder; returns the
+        bytes freed. OSError if that is forbidden."""
+        paths = [*_temporaries(self.path), *(file.path for file in _files(self.path))]
+        if model is not None:
+            paths = [one.path for one in self.prompts() if one.model.get("path") == model]
         freed = 0
-        for path in [*_temporaries(self.path), *(file.path for file in _files(self.path))]:
+        for path in paths:
             with suppress(FileNotFoundError):
                 size = path.stat().st_size
                 path.unlink()

@@ -72,10 +72,10 @@ class PrefixStore:
     ) -> PrefixStore:
         return cls(model, find_turn_marks(tokenizer), settings)
 
-    def begin(self, prompt: Sequence[int], chunk: int) -> Prefill:
+    def begin(self, prompt: Sequence[int], chunk: int, write: bool = True) -> Prefill:
         """Restore the longest saved state of this prompt's start, and say how to read the rest.
         Chunks end at the same places with and without a saved state, so the reply is the same to
-        the bit."""
+        the bit. Unless `write`, nothing of this prompt gets onto the disk."""
         cuts = chunk_ends(prompt, self._marks, chunk)
         keys = state_keys(prompt, cuts.ends, self._scope)
         cached, cache = self._longest(prompt, cuts, keys)
@@ -85,7 +85,7 @@ class PrefixStore:
         def reached(position: int, state: list[Any]) -> None:
             if position in to_save:
                 ends = tuple(end for end in cuts.ends if end <= position)
-                self._save(keys[position], prompt[:position], ends, state, new)
+                self._save(keys[position], prompt[:position], ends, state, new if write else {})
 
         def finish() -> str:
             return self._write(new.items())
