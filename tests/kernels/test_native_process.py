@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,41 @@ def test_what_is_compiled_is_announced_and_what_is_cached_is_not(
     source.write_text("int one(void) { return 1; } ")
     native_build.build(native_build.Library("small", "a small one", (source,)))
     assert len(heard) == 1
+
+
+def test_a_library_that_others_could_have_written_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder, or from a file, that is another user's or that another user may write."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "small.c"
+    source.write_text("int one(void) { return 1; }")
+    heard: list[str] = []
+
+    def compiled() -> bool:
+        before = len(heard)
+        with native_build.announcing(heard.append):
+            library = native_build.build(native_build.Library("small", "a small one", (source,)))
+        assert library.one() == 1
+        return len(heard) > before
+
+    assert compiled()
+    assert not compiled()
+    folder = tmp_path / "flash-moe"
+    (file,) = folder.glob("*.so")
+    for path in (folder, file):
+        mode = path.stat().st_mode
+        for wider in (0o020, 0o002):
+            path.chmod(mode | wider)
+            assert compiled(), f"{path.name} with {wider:o}"
+        path.chmod(mode)
+        if os.geteuid() == 0:
+            os.chown(path, 12345, -1)
+            assert compiled(), f"{path.name} of another user"
+            os.chown(path, 0, -1)
+    assert native_build.cache_folder() == folder
+    folder.chmod(0o777)
+    assert native_build.cache_folder() is None
 
 
 # -- threads and processes ----------------------------------------------------------------------

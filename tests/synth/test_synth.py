@@ -15,7 +15,7 @@ from mlx_lm.utils import load_model
 from flash_moe.checkpoint.folder import open_folder
 from flash_moe.errors import CheckpointError, NoSpace, OptionError, Remedy
 from flash_moe.synth.job import SynthJob
-from flash_moe.synth.model import SHAPES, nbytes, synthesize
+from flash_moe.synth.model import MARK, SHAPES, nbytes, synthesize
 from tests.strategies import TINY, tiny_checkpoint
 
 
@@ -113,6 +113,34 @@ def test_a_half_made_checkpoint_does_not_load_and_is_begun_anew(tmp_path: Path) 
     folder = tiny_checkpoint(tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert hashes(folder) == hashes(tiny_checkpoint(tmp_path / "again"))
+
+
+def test_what_others_began_is_left_alone(tmp_path: Path) -> None:
+    """A pack's folder, or a user's own; and another process that makes the same model."""
+    partial = tmp_path / "model.partial"
+    partial.mkdir()
+    (partial / "source.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no model of random weights was begun there"):
+        tiny_checkpoint(tmp_path / "model")
+    assert hashes(partial).keys() == {"source.json"}
+    shutil.rmtree(partial)
+
+    def meanwhile(nbytes: int) -> None:
+        with pytest.raises(CheckpointError, match="Another model is being written"):
+            tiny_checkpoint(tmp_path / "model")
+
+    tiny_checkpoint(tmp_path / "model", progress=meanwhile)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
+    partial = tmp_path / "model.partial"
+    partial.mkdir()
+    (partial / MARK).touch()
+    (partial / "model-00007-of-00009.safetensors").write_bytes(b"half")
+    folder = tiny_checkpoint(tmp_path / "model")
+    assert hashes(folder) == hashes(tiny_checkpoint(tmp_path / "again"))
+    assert not partial.exists()
 
 
 @pytest.mark.parametrize(

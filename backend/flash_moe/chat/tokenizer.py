@@ -17,7 +17,13 @@ from tokenizers.decoders import DecodeStream
 
 from flash_moe.chat.template import Template
 from flash_moe.errors import CheckpointError
-from flash_moe.format.json_files import read_json, read_json_if_present, read_text
+from flash_moe.format.json_files import (
+    MAX_JSON_BYTES,
+    read_json,
+    read_json_if_present,
+    read_text,
+    require_file,
+)
 
 # The single bytes alone are this many.
 SMALLEST_VOCABULARY = 256
@@ -119,6 +125,7 @@ def _tokenizer(path: Path) -> Tokenizer:
     file = path / "tokenizer.json"
     if not file.exists():
         return _from_transformers(path)
+    require_file(file, MAX_JSON_BYTES)
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flash_moe.errors import OptionError
+from flash_moe.errors import CheckpointError, OptionError
 
 
 def require_target(path: Path | None) -> Path | None:
@@ -35,6 +36,26 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked_folder(folder: Path, busy: str) -> Iterator[None]:
+    """A folder for one process at a time; CheckpointError, which begins with `busy`, for another.
+    The lock is on the folder itself, so that no lock file is left behind. Whoever waited for it
+    must look again, because the winner removes or renames the folder when it is done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            still_there = os.path.samestat(os.fstat(fd), folder.stat())
+        except (BlockingIOError, FileNotFoundError):
+            still_there = False
+        if not still_there:
+            raise CheckpointError(f"{busy} Wait until it is done, or choose another target.")
+        yield
+    finally:
+        os.close(fd)
 
 
 def write_json(path: Path, value: Any) -> None:

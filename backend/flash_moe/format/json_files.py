@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,15 +11,28 @@ from typing import Any, TypeVar
 from flash_moe.errors import CheckpointError, OptionError, Remedy
 
 MAX_JSON_BYTES = 64_000_000
+# Of templates, and of texts to calibrate with and to judge by.
+MAX_TEXT_BYTES = 1_000_000_000
 
 Item = TypeVar("Item")
 
 
+def require_file(path: Path, most: int, remedy: Remedy | None = None) -> None:
+    """CheckpointError for what a read would not end of: a device, a pipe, a file too large."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}.", remedy) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"Cannot read {path}: it is no file.", remedy)
+    if status.st_size > most:
+        raise CheckpointError(f"{path} is too large to be what its name says.", remedy)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or CheckpointError."""
+    require_file(path, MAX_JSON_BYTES)
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is too large to be what its name says.")
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
@@ -34,6 +48,7 @@ def read_json_if_present(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path, remedy: Remedy | None = None) -> str:
+    require_file(path, MAX_TEXT_BYTES, remedy)
     try:
         return path.read_text("utf-8")
     except OSError as error:

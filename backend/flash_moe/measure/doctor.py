@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MOVE_CACHE = (
     "The cache folder cannot be used, so the kernels are compiled anew at every start. Set "
-    "XDG_CACHE_HOME to a folder that you can write to, on a disk that programs may run from."
+    "XDG_CACHE_HOME to a folder that you alone can write to, on a disk that programs may run from."
 )
 
 

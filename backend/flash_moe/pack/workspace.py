@@ -7,7 +7,6 @@ same command and by no other.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -18,7 +17,7 @@ from typing import Any
 
 from flash_moe.checkpoint.folder import Folder
 from flash_moe.errors import CheckpointError, NoSpace, Remedy
-from flash_moe.format.atomic import write_json
+from flash_moe.format.atomic import locked_folder, write_json
 from flash_moe.format.json_files import read_json
 from flash_moe.pack.transform import ExpertTransform
 
@@ -34,7 +33,8 @@ def open_workspace(target: Path, nbytes: int, identity: dict[str, Any]) -> Itera
     require_absent(target)
     workspace = target.with_name(target.name + ".partial")
     _require_space(workspace / PACK, target, nbytes)
-    with _locked(workspace):
+    busy = f"Another pack is being written to {workspace}."
+    with locked_folder(workspace, busy):
         _require_same(workspace / IDENTITY, identity)
         require_absent(target)  # again: another process may have finished it
         yield workspace
@@ -71,28 +71,6 @@ def _samples(folder: Folder) -> str:
 def require_absent(target: Path) -> None:
     if target.exists():
         raise CheckpointError(f"{target} exists. Remove it first, or choose another target.")
-
-
-@contextmanager
-def _locked(workspace: Path) -> Iterator[None]:
-    """The lock is on the folder itself, so that no lock file is left behind. Whoever waited for it
-    must look again, because the winner removes the folder when its pack is done."""
-    workspace.mkdir(parents=True, exist_ok=True)
-    fd = os.open(workspace, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            still_there = os.path.samestat(os.fstat(fd), workspace.stat())
-        except (BlockingIOError, FileNotFoundError):
-            still_there = False
-        if not still_there:
-            raise CheckpointError(
-                f"Another pack is being written to {workspace}. Wait until it is done, or choose "
-                "another target."
-            )
-        yield
-    finally:
-        os.close(fd)
 
 
 def _require_same(file: Path, identity: dict[str, Any]) -> None:

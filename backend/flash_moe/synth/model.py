@@ -8,16 +8,21 @@ Names, shapes and types come from mlx-lm's own model, so the checkpoint is one t
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flash_moe.callbacks import Advance, no_advance
 from flash_moe.errors import CheckpointError, NoSpace, OptionError, Remedy
-from flash_moe.format.atomic import sync, write_json
+from flash_moe.format.atomic import locked_folder, sync, write_json
 from flash_moe.format.dtypes import FLOATS
 from flash_moe.synth.tokenizer import TEMPLATE, make_tokenizer, require_vocabulary
 from flash_moe.synth.weights import Weight, make_weights, router_quantization, write_weights
+
+# In the folder while it is made.
+MARK = "random-weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,17 +119,34 @@ def synthesize(
     weights = _weights(shape, bits, group_size, dtype, seed)
     if not sparse:
         _require_space(target, weights)
-    work = target.with_name(target.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    with _workspace(target) as work:
         write_weights(work, weights, seed, sparse, progress)
         _write_small_files(work, shape, bits, group_size)
+        (work / MARK).unlink()
         work.rename(target)
         sync(target.parent)
-    finally:
-        # Nothing to resume: making it again is as quick as going on.
-        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _workspace(target: Path) -> Iterator[Path]:
+    """An empty folder, to be renamed. Nothing is left of it after a failure: making it again
+    is as quick as going on. One that was not begun here is left alone, it may be a pack's."""
+    work = target.with_name(target.name + ".partial")
+    if work.exists() and not (work / MARK).exists():
+        raise CheckpointError(
+            f"{work} exists, and no model of random weights was begun there. Move it away, or "
+            "choose another target."
+        )
+    with locked_folder(work, f"Another model is being written to {work}."):
+        try:
+            (work / MARK).touch()
+            for path in work.iterdir():
+                if path.name != MARK:
+                    path.unlink()
+            yield work
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
 def nbytes(shape: Shape, *, bits: int = 4, group_size: int = 64, dtype: str = "float32") -> int:
