@@ -259,7 +259,7 @@ def test_mlx_lm_computes_the_other_deltas() -> None:
     made = rule.arrays()
     arrays = on_device(rule, 0, 5, made)
     state = mx.array(made["state"].astype(np.float32))[None]
-    ours = GpuGatedDelta(KIND, otherwise)
+    ours = GpuGatedDelta(otherwise, KIND)
     with kernels_run():
         for given_state in (state, None):
             results = ours(*arrays, given_state), own(*arrays, given_state)

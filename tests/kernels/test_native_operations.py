@@ -221,7 +221,7 @@ def test_mlx_lm_computes_the_other_deltas(native: Native, on_cpu: None) -> None:
         calls.append(arrays)
         return own(*arrays)
 
-    ours = NativeGatedDelta(native, otherwise)
+    ours = NativeGatedDelta(otherwise, native)
     arrays = [mx.array(array)[None] for array in delta_inputs((2, 2, 5, 32, 24), 1)]
     for given_state in (arrays[5], None):
         for got, want in zip(

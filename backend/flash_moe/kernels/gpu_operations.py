@@ -7,9 +7,10 @@ from functools import cache, partial
 
 import mlx.core as mx
 
+from flash_moe.kernels.gated_delta import GatedDelta
 from flash_moe.kernels.gpu import LANES
 from flash_moe.kernels.shaders import GpuKind, kernel
-from flash_moe.upstream import Operation, Replacement
+from flash_moe.upstream import Replacement
 
 # Rows of a state that a simdgroup keeps in registers, and simdgroups of a threadgroup.
 ROWS, SIMDGROUPS = 4, 4
@@ -19,33 +20,19 @@ CONV_THREADS = 256
 @cache
 def gpu_operations(kind: GpuKind) -> dict[str, Replacement]:
     """For upstream.operations. On Metal mlx-lm has a kernel of its own."""
-    return {"gated_delta": partial(GpuGatedDelta, kind)} if kind == "cuda" else {}
+    return {"gated_delta": partial(GpuGatedDelta, kind=kind)} if kind == "cuda" else {}
 
 
 @dataclass(frozen=True, slots=True)
-class GpuGatedDelta:
-    """In the place of mlx-lm's `gated_delta_ops`, which `otherwise` is and which computes what the
-    shader does not."""
-
+class GpuGatedDelta(GatedDelta):
     kind: GpuKind
-    otherwise: Operation
 
-    def __call__(
-        self,
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        g: mx.array,
-        beta: mx.array,
-        state: mx.array | None = None,
-        mask: mx.array | None = None,
-    ) -> tuple[mx.array, mx.array]:
-        if state is None:
-            state = mx.zeros((q.shape[0], *v.shape[2:], q.shape[3]))
-        if mask is not None or q.shape[0] != 1 or q.shape[3] % LANES or state.dtype != mx.float32:
-            own: tuple[mx.array, mx.array] = self.otherwise(q, k, v, g, beta, state, mask)
-            return own
-        return gated_delta(self.kind, q, k, v, g, beta, state)
+    def fits(self, *arrays: mx.array) -> bool:
+        q, *_, state = arrays
+        return q.shape[3] % LANES == 0 and state.dtype == mx.float32
+
+    def compute(self, *arrays: mx.array) -> tuple[mx.array, mx.array]:
+        return gated_delta(self.kind, *arrays)
 
 
 @dataclass(frozen=True, slots=True)

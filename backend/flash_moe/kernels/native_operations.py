@@ -9,6 +9,7 @@ from functools import cache, partial
 import mlx.core as mx
 import numpy as np
 
+from flash_moe.kernels.gated_delta import GatedDelta
 from flash_moe.kernels.native import HEAD_STEP, LANES, WIDEST_HEAD, Native, load_native
 from flash_moe.kernels.spec import F32
 from flash_moe.upstream import Operation, Replacement
@@ -20,7 +21,7 @@ def native_operations() -> dict[str, Replacement]:
     native = load_native()
     return {
         "attention": partial(NativeAttention, native),
-        "gated_delta": partial(NativeGatedDelta, native),
+        "gated_delta": partial(NativeGatedDelta, native=native),
     }
 
 
@@ -65,30 +66,16 @@ def _attends(q: mx.array, k: mx.array, v: mx.array) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class NativeGatedDelta:
-    """In the place of mlx-lm's `gated_delta_ops`, which `otherwise` is."""
-
+class NativeGatedDelta(GatedDelta):
     native: Native
-    otherwise: Operation
 
-    def __call__(
-        self,
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        g: mx.array,
-        beta: mx.array,
-        state: mx.array | None = None,
-        mask: mx.array | None = None,
-    ) -> tuple[mx.array, mx.array]:
-        if state is None:
-            state = mx.zeros((q.shape[0], *v.shape[2:], q.shape[3]))
-        arrays = (q, k, v, g, beta, state)
+    def fits(self, *arrays: mx.array) -> bool:
+        q, _, _, g, *_ = arrays
         # A gate for every key has an axis more.
-        fits = q.shape[0] == 1 and g.ndim == 3 and q.shape[3] % LANES == 0
-        if mask is not None or not fits or any(array.dtype != mx.float32 for array in arrays):
-            own: tuple[mx.array, mx.array] = self.otherwise(*arrays, mask)
-            return own
+        fits = g.ndim == 3 and q.shape[3] % LANES == 0
+        return fits and all(array.dtype == mx.float32 for array in arrays)
+
+    def compute(self, *arrays: mx.array) -> tuple[mx.array, mx.array]:
         mx.eval(*arrays)
         y, new = self.native.gated_delta(*(_first(array) for array in arrays))
         return mx.array(y)[None], mx.array(new)[None]
