@@ -1,12 +1,14 @@
-// ids, weights = the K largest of softmax(logits), largest first, ties to the lowest index.
+// ids, weights = the first KEEP of the K largest of softmax(logits), largest first, ties to the lowest
+// index.
 //
 // One launch a step in place of softmax, argpartition, take, sum and divide, and what the host
 // reads back is K numbers. One simdgroup a token; the softmax runs over all N experts, before the
-// cut, as the models do it. RENORMALISE divides by the sum of the K weights that are kept.
+// cut, as the models do it. RENORMALISE divides by the sum of all K weights: with fewer experts than a
+// model was trained with, each keeps the weight that it has among all.
 //
 // inputs   logits [tokens, N] T
-// outputs  ids [tokens, K] uint · weights [tokens, K] float
-// template T N K RENORMALISE (K <= 32, K <= N <= 1024)
+// outputs  ids [tokens, KEEP] uint · weights [tokens, KEEP] float
+// template T N K KEEP RENORMALISE (KEEP <= K <= 32, K <= N <= 1024)
 // grid     (32, tokens, 1), threadgroup (32, 1, 1)
   constexpr int PER_LANE = (N + MOE_LANES - 1) / MOE_LANES;
   const uint lane = thread_index_in_simdgroup;
@@ -56,7 +58,7 @@
       id = winner;
     }
   }
-  if (lane < uint(K)) {
-    ids[token * uint(K) + lane] = id;
-    weights[token * uint(K) + lane] = RENORMALISE ? weight / kept : weight;
+  if (lane < uint(KEEP)) {
+    ids[token * uint(KEEP) + lane] = id;
+    weights[token * uint(KEEP) + lane] = RENORMALISE ? weight / kept : weight;
   }

@@ -163,24 +163,34 @@ def test_the_shared_expert_is_added_to_a_mixture(
     tokens=st.integers(1, 3),
     experts=st.integers(1, 1024),
     k=st.integers(1, 10),
+    fewer=st.integers(0, 9),
     dtype=st.sampled_from(DTYPES),
     renormalise=st.booleans(),
     ties=st.booleans(),
     seed=seeds,
 )
 def test_router(
-    tokens: int, experts: int, k: int, dtype: str, renormalise: bool, ties: bool, seed: int
+    tokens: int,
+    experts: int,
+    k: int,
+    fewer: int,
+    dtype: str,
+    renormalise: bool,
+    ties: bool,
+    seed: int,
 ) -> None:
+    """Of k experts the first ones, with the weights that they have among all k."""
     rng, k = np.random.default_rng(seed), min(k, experts)
+    keep = max(1, k - fewer)
     logits = ref.rounded(4 * rng.normal(size=(tokens, experts)), dtype)
     if ties:
         logits = np.round(logits)
 
     def launch() -> list[mx.array]:
-        return list(gpu.router(KIND, to_mlx(logits, dtype), k, renormalise))
+        return list(gpu.router(KIND, to_mlx(logits, dtype), k, renormalise, keep))
 
     ids, weights = same_in_all_schedules(launch)
-    expected, shares = ref.router(logits, k, renormalise)
+    expected, shares = (full[:, :keep] for full in ref.router(logits, k, renormalise))
     assert (ids == expected).all()
     # exp of a rounded argument up to 64, a sum of `experts` of them, two divisions.
     relative = (64 + 8) * ref.UNIT["float32"] + ref.gamma(40)

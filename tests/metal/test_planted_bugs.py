@@ -104,7 +104,16 @@ BUGS = [
     Bug("scale not divided", PLANES, "? 0.25f", "? 1.0f", "wrong", GATE),
     Bug("choice left in the slot", PLANES, "tiles[tile] & ~MOE_FULL", "tiles[tile]", "guard", GATE),
     Bug("ties to the highest", "router_topk", "v[i] > best", "v[i] >= best", "wrong"),
-    Bug("an expert too many", "router_topk", "lane < uint(K)", "lane <= uint(K)", "canary asan"),
+    Bug(
+        "an expert too many",
+        "router_topk",
+        "lane < uint(KEEP)",
+        "lane <= uint(KEEP)",
+        "canary asan",
+    ),
+    Bug(
+        "weights of the wrong ones", "router_topk", "KEEP) + lane] = R", "K) + lane] = R", "canary"
+    ),
     Bug("no expert guard", "router_topk", "v[i] = e < uint(N) ?", "v[i] = true ?", "guard asan"),
     Bug(
         "no row guard on read", DELTA, "metal::min(row0 + uint(r), uint(DV - 1))", ROW, "guard asan"

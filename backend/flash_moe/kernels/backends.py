@@ -82,8 +82,10 @@ class GpuKernels:
     ) -> mx.array:
         return gpu.combine(self.kind, rows, place, weights, shared, dtype)
 
-    def route(self, logits: mx.array, k: int, renormalise: bool) -> tuple[mx.array, mx.array]:
-        return gpu.router(self.kind, logits, k, renormalise)
+    def route(
+        self, logits: mx.array, k: int, renormalise: bool, keep: int
+    ) -> tuple[mx.array, mx.array]:
+        return gpu.router(self.kind, logits, k, renormalise, keep)
 
 
 # Tokens a tile where experts are shared; tiles of 8 run out of registers. On an H200, µs a layer of

@@ -171,16 +171,23 @@ def combine(
     return y[0]
 
 
-def router(kind: GpuKind, logits: mx.array, k: int, renormalise: bool) -> tuple[mx.array, mx.array]:
-    """The k likeliest experts of each token and their weights: uint32, float32 [tokens, k]."""
+def router(
+    kind: GpuKind, logits: mx.array, k: int, renormalise: bool, keep: int | None = None
+) -> tuple[mx.array, mx.array]:
+    """The k likeliest experts of each token and their weights, of which the first `keep` are given:
+    uint32, float32 [tokens, keep]."""
+    keep = k if keep is None else keep
     tokens, experts = logits.shape
     run = kernel(kind, "router_topk", ("logits",), ("ids", "weights"))
     ids, weights = run(
         inputs=[logits],
-        template=[("T", logits.dtype), ("N", experts), ("K", k), ("RENORMALISE", renormalise)],
+        template=[
+            *(("T", logits.dtype), ("N", experts), ("K", k), ("KEEP", keep)),
+            ("RENORMALISE", renormalise),
+        ],
         grid=(LANES, tokens, 1),
         threadgroup=(LANES, 1, 1),
-        output_shapes=[(tokens, k), (tokens, k)],
+        output_shapes=[(tokens, keep), (tokens, keep)],
         output_dtypes=[mx.uint32, mx.float32],
     )
     return ids, weights

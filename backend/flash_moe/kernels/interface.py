@@ -58,5 +58,8 @@ class Kernels(Protocol):
     ) -> mx.array:
         """The same from rows that are computed already: that of (t, k) is at place[t * K + k]."""
 
-    def route(self, logits: mx.array, k: int, renormalise: bool) -> tuple[mx.array, mx.array]:
-        """The k likeliest experts of each row of logits, and their weights."""
+    def route(
+        self, logits: mx.array, k: int, renormalise: bool, keep: int
+    ) -> tuple[mx.array, mx.array]:
+        """The first `keep` of the k likeliest experts of each row of logits, and their weights; they
+        sum to one over all k, if they are renormalised."""

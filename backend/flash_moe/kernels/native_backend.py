@@ -62,9 +62,11 @@ class NativeKernels:
         picked = rows[mx.array(place)].reshape(*weights.shape, -1)
         return _with_shared((picked * weights[..., None]).sum(axis=-2), shared).astype(dtype)
 
-    def route(self, logits: mx.array, k: int, renormalise: bool) -> tuple[mx.array, mx.array]:
+    def route(
+        self, logits: mx.array, k: int, renormalise: bool, keep: int
+    ) -> tuple[mx.array, mx.array]:
         ids, weights = self.native.router(_float32(logits), k, renormalise)
-        return mx.array(ids), mx.array(weights)
+        return mx.array(ids[:, :keep]), mx.array(weights[:, :keep])
 
 
 def multiplies(matrix: nn.Module) -> bool:

@@ -40,6 +40,8 @@ class Mixture(nn.Module):
         self.choice = choice
         self.residency = Residency(streamer.store)
         self._k, self._ranked, self._needs_host = choice.k, choice.ranked, choice.needs_host
+        # Of those that are ranked, how many are looked at: all of them where the host chooses.
+        self._routed = choice.ranked if choice.needs_host else choice.k
         self._renormalise = choice.router_renormalises
         self.layer: StreamedLayer = self.switch_mlp.layer
         self.fused = self.layer.spec is not None and self._router_fits(choice)
@@ -69,9 +71,7 @@ class Mixture(nn.Module):
         expert another."""
         kernels = self.streamer.kernels
         assert kernels is not None
-        ids, weights = kernels.route(self.gate(x), self._ranked, self._renormalise)
-        if self._ranked > self._k and not self._needs_host:  # the largest come first
-            ids, weights = mx.contiguous(ids[:, : self._k]), mx.contiguous(weights[:, : self._k])
+        ids, weights = kernels.route(self.gate(x), self._ranked, self._renormalise, self._routed)
         mx.async_eval(ids, weights)
         # Handed over before the read-back: a GPU computes it while the host reads the experts.
         shared = self._shared(x)

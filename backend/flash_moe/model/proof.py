@@ -144,7 +144,7 @@ def _router(mixture: Mixture) -> list[tuple[mx.array, mx.array]]:
     # Those that count are apart by more than 16 bits round: their order is certain.
     ladder = np.maximum(8 - np.tile(np.arange(experts, dtype=np.float32), (3, 1)) / 4, -8)
     logits = mx.array(np.random.default_rng(0).permuted(ladder, axis=1)).astype(dtype)
-    ids, weights = kernels.route(logits, ranked, renormalise)
+    ids, weights = kernels.route(logits, ranked, renormalise, ranked)
     odds = mx.softmax(logits.astype(mx.float32), axis=-1)
     order = mx.argsort(-odds, axis=-1)[:, :ranked]
     want = mx.take_along_axis(odds, order, axis=-1)
