@@ -61,5 +61,5 @@ class Kernels(Protocol):
     def route(
         self, logits: mx.array, k: int, renormalise: bool, keep: int
     ) -> tuple[mx.array, mx.array]:
-        """The first `keep` of the k likeliest experts of each row of logits, and their weights; they
-        sum to one over all k, if they are renormalised."""
+        """The first `keep` of the k likeliest experts of each row of logits, and their weights: if
+        renormalised, those of all k sum to one."""
