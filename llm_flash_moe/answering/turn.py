@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
 
 def is_logged() -> bool:
-    """Whether llm logs this prompt. What it does not, the user does not want on the disk."""
+    """Whether llm logs what is said on its command line, as far as the user decides it. What it
+    does not log, the user does not want on the disk."""
     context = click.get_current_context(silent=True)
-    asked = {} if context is None else context.params
+    own = context is not None and getattr(context.command.callback, "__module__", "") == "llm.cli"
+    asked = context.params if context is not None and own else {}
     if asked.get("no_log"):
         return False
     return bool(asked.get("log")) or not (llm.user_dir() / "logs-off").exists()

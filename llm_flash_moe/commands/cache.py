@@ -23,8 +23,8 @@ def cache(name: str | None, clear: bool, as_json: bool) -> None:
     """Show which prompts are saved on disk, and for which models.
 
     A conversation that goes on, or another with the same instructions, is not read from its start
-    again. The files contain the conversations. The least recently used are removed first. What llm
-    does not log (--no-log, llm logs off) is not saved either, nor with -o save_prompts 0.
+    again. The files contain the conversations. The least recently used are removed first. With
+    --no-log, llm logs off or -o save_prompts 0 nothing is saved.
     """
     from flash_moe import PromptFolder
 

@@ -31,7 +31,8 @@ def remove(name: str, yes: bool) -> None:
         if ours:
             # Before the entry goes: what a failure leaves can be removed again.
             shutil.rmtree(entry.path)
-        PromptFolder(paths.prompts()).clear(entry.path)
         registry.remove(name)
+        if entry.path not in {other.path for other in registry.entries().values()}:
+            PromptFolder(paths.prompts()).clear(entry.path)
     stay = f"; its files stay in {entry.path}" if Path(entry.path).is_dir() else ""
     click.echo(f"Removed {name}{stay}.")

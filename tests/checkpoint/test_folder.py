@@ -181,6 +181,12 @@ def test_what_is_no_number_of_experts_is_refused(k: Any, nested: bool) -> None:
         experts_per_token(config(k, nested))
 
 
+def test_one_sound_number_is_enough() -> None:
+    """Some configs carry leftovers beside the number that counts."""
+    for extra in (0, 8.0, 99, "4"):
+        assert experts_per_token({**config(4), "num_experts_per_tok": extra}) == 4
+
+
 def test_every_place_is_changed() -> None:
     """Some configs state K twice, at the top and nested."""
     both = {**config(4), "num_experts_per_tok": 4}

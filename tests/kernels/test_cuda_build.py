@@ -111,12 +111,15 @@ def test_every_shader_compiles(sources: dict[str, str], architecture: str) -> No
 def test_what_mlx_compiles_is_kept_for_the_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By version, because another MLX would load it; a setting of the user stays."""
+    """By version and GPU, because others would load it; a setting of the user stays."""
+    monkeypatch.setattr(cuda_build, "_architecture", lambda: "sm_90")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", "")
     monkeypatch.delenv("MLX_PTX_CACHE_DIR")
     cuda_build.keep_what_mlx_compiles()
-    assert os.environ["MLX_PTX_CACHE_DIR"] == str(tmp_path / "flash-moe" / f"mlx-{version('mlx')}")
+    assert os.environ["MLX_PTX_CACHE_DIR"] == str(
+        tmp_path / "flash-moe" / f"mlx-{version('mlx')}-sm_90"
+    )
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", "mine")
     cuda_build.keep_what_mlx_compiles()
     assert os.environ["MLX_PTX_CACHE_DIR"] == "mine"

@@ -3,19 +3,26 @@ are left out, and replies are right all the same."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from flash_moe.engine import Engine
+from flash_moe.errors import ReadFailed
 from flash_moe.kernels import shaders
+from flash_moe.kernels.gpu_operations import GpuGatedDelta
 from flash_moe.model import proof
 from flash_moe.model.load import StreamedModel, load
 from flash_moe.model.mixture import Mixture
 from flash_moe.options import Settings
+from flash_moe.stream.reader import Reader
+from flash_moe.upstream import Replacement
 from tests.devices import GPU, RUNTIMES, relative_difference
+from tests.kernels.devices import KIND, kernels_run
 from tests.model.test_runtimes import EMULATED, TOLERANCE, running
 
 NAME = RUNTIMES[0] if GPU else EMULATED
@@ -31,6 +38,7 @@ BUGS = [
     ("moe_common.h", "TWO_PLANES>(v, i);", "TWO_PLANES>(v, i ^ 1);", EXPERTS),
     ("router_topk.metal", "metal::exp(top - high)", "metal::exp(high)", ROUTER),
     ("gated_delta.metal", "ks[i] *= k_scale;", "", ATTENTION),
+    ("gated_delta.metal", "value - simd_sum(seen)", "value", ATTENTION),
     ("short_conv.metal", "sum / (1.0f", "1.0f / (1.0f", ATTENTION),
     ("short_conv.metal", "constexpr int BEFORE", "this does not compile", ATTENTION),
     ("expert_down.metal", "constexpr int STEP", "this does not compile", EXPERTS),
@@ -113,7 +121,7 @@ def test_what_passed_is_remembered(
     with running(NAME, monkeypatch) as settings:
         for again in (False, True):
             if again:
-                for name in ("_experts", "_router", "_attention"):
+                for name in ("_experts", "_router", "_attention", "_rule"):
                     monkeypatch.setattr(proof, name, never)
             engine = Engine.load(demo_folder, settings, prefix=None)
             assert engine.model.warning is None
@@ -126,6 +134,70 @@ def test_what_passed_is_remembered(
         assert "experts and the router and linear attention" in model.warning
         assert "another GPU" in model.warning
         assert_right(model, expected)
+        model.close()
+
+
+@pytest.mark.parametrize("bug", [None, "value"])
+def test_the_rule_of_other_models_is_proven_too(
+    bug: str | None, demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NVIDIA our shader stands in mlx-lm's own operation, for every model."""
+    text = shaders.text
+
+    def planted(name: str) -> str:
+        return text(name).replace("value - simd_sum(seen)", bug or "value - simd_sum(seen)")
+
+    monkeypatch.setattr(shaders, "text", planted)
+    shaders.kernel.cache_clear()
+    operations: dict[str, Replacement] = {"gated_delta": partial(GpuGatedDelta, kind=KIND)}
+    try:
+        with kernels_run():
+            failed = proof.prove(nn.Module(), list, operations, KIND)
+    finally:
+        shaders.kernel.cache_clear()
+    assert failed == ([ATTENTION] if bug else [])
+    assert list(operations) == ([] if bug else ["gated_delta"])
+
+
+def test_what_mlx_cannot_compute_says_nothing_about_kernels(
+    demo_folder: Path, expected: list[mx.array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its CUDA back end cannot for some shapes: our kernels are all there is then."""
+
+    def fail(*arguments: Any, **named: Any) -> mx.array:
+        raise RuntimeError("No implementation for problem shape")
+
+    with running(NAME, monkeypatch) as settings:
+        with monkeypatch.context() as patch:
+            patch.setattr(mx, "gather_qmm", fail)
+            model = load(demo_folder, settings)
+        assert model.warning is None
+        assert all(block.fused for block in mixtures(model))
+        assert_right(model, expected)
+        model.close()
+
+
+def test_a_disk_that_fails_says_nothing_about_kernels(
+    demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise ReadFailed("The disk failed.")
+
+    monkeypatch.setattr(Reader, "read", fail)
+    with running(NAME, monkeypatch) as settings, pytest.raises(ReadFailed):
+        load(demo_folder, settings)
+
+
+def test_a_mark_that_cannot_be_written_is_no_fault(
+    demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *arguments: Any, **named: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "touch", full)
+    with running(NAME, monkeypatch) as settings:
+        model = load(demo_folder, settings)
+        assert model.warning is None
         model.close()
 
 

@@ -93,7 +93,10 @@ def test_clear_with_a_name_removes_that_models(used: Path, demo_folder: Path) ->
     assert len(summary("mine")["models"]) == 2
     assert summary("other", "--clear")["prompts"] == 0
     assert set(files(used)) == own
+    Registry.of_user().add("twin", Entry(str(demo_folder)))
     works("flash-moe", "remove", "mine")
+    assert set(files(used)) == own, "another name stands for the same model"
+    works("flash-moe", "remove", "twin")
     assert files(used) == []
     assert "There is no model 'nope'" in fails("flash-moe", "cache", "nope")
 

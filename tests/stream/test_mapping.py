@@ -289,4 +289,6 @@ def test_files_opened_later_are_mapped_too(tmp_path: Path) -> None:
     for layer in reversed(range(len(layers))):
         assert mapping.find(layer, [0, 1])[0].all()
     mapping.close()
+    assert mapping.mapped == 0
+    mapping.give_up_all()
     store.close()

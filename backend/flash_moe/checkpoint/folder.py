@@ -83,19 +83,23 @@ def routed_experts(config: dict[str, Any]) -> int:
 def experts_per_token(config: dict[str, Any]) -> int | None:
     """K: how many experts a token uses in a layer, the most where layers differ. CheckpointError
     for what is no number of experts: mlx-lm would compute with one, or fail at the first token."""
-    total = routed_experts(config)
+    total, refused, dense = routed_experts(config), None, None
     for _, key, value in _entries(config, EXPERTS_PER_TOKEN):
         counts, each = _counts(value), value if isinstance(value, list) else [value]
         most = max(counts, default=0)
-        # A dense layer of several may well say 0, and so may a dense model.
-        if total and (len(counts) < len(each) or not 1 <= most <= total or min(counts) < 0):
-            raise CheckpointError(
-                f"config.json says {key}: {value!r}. That is no number of experts that a token can "
-                f"use: there are {total}. Download it again."
-            )
-        if counts:
+        if total < 2:
+            dense = most if dense is None and counts else dense
+        # A dense layer of several may well say 0.
+        elif len(counts) == len(each) and 1 <= most <= total and min(counts) >= 0:
             return most
-    return None
+        else:
+            refused = refused or f"{key}: {value!r}"
+    if refused is not None:
+        raise CheckpointError(
+            f"config.json says {refused}. That is not a number of experts that a token can use: "
+            f"there are {total}. Download it again."
+        )
+    return dense
 
 
 def with_experts_per_token(config: dict[str, Any], experts: int | None) -> dict[str, Any]:

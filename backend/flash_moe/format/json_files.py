@@ -24,7 +24,7 @@ def require_file(path: Path, most: int, remedy: Remedy | None = None) -> None:
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror}.", remedy) from error
     if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"Cannot read {path}: it is no file.", remedy)
+        raise CheckpointError(f"Cannot read {path}: it is not a regular file.", remedy)
     if status.st_size > most:
         raise CheckpointError(f"{path} is too large to be what its name says.", remedy)
 

@@ -58,7 +58,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file, or CheckpointError."""
     try:
         if not path.is_file():
-            raise _broken(path, "it is no file")
+            raise _broken(path, "it is not a regular file")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")

@@ -31,7 +31,7 @@ def make_operations(name: RuntimeName) -> dict[str, Replacement]:
     """For upstream.operations; none for plain MLX."""
     if name == "mlx":
         return {}
-    return native_operations() if name == "native" else gpu_operations(name)
+    return dict(native_operations() if name == "native" else gpu_operations(name))
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,9 +82,17 @@ class CudaKernel:
 
 
 def keep_what_mlx_compiles() -> None:
-    """Before MLX compiles anything. A user's own setting stays."""
+    """Before MLX compiles anything. A user's own setting stays. What MLX compiles runs on one kind
+    of GPU, and it would load it on any."""
     if folder := cache_folder():
-        os.environ.setdefault("MLX_PTX_CACHE_DIR", str(folder / f"mlx-{version('mlx')}"))
+        kept = folder / f"mlx-{version('mlx')}-{_architecture()}"
+        os.environ.setdefault("MLX_PTX_CACHE_DIR", str(kept))
+
+
+def _architecture() -> str:
+    info = mx.device_info(mx.default_device())
+    major, minor = (info.get(f"compute_capability_{part}") for part in ("major", "minor"))
+    return f"sm_{major}{minor}"
 
 
 @cache
@@ -92,12 +100,10 @@ def build(
     kernel: CudaKernel, template: tuple[tuple[str, Any], ...], types: tuple[mx.Dtype, ...]
 ) -> tuple[str, bytes] | None:
     """The name of a kernel for some constants and types, which no other has, and its code."""
-    source = cuda_source(kernel, template, types, "KERNEL")
-    symbol = f"{kernel.name}_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     try:
-        info = mx.device_info(mx.gpu)
-        major, minor = info["compute_capability_major"], info["compute_capability_minor"]
-        return symbol, compile_source(source.replace("KERNEL", symbol), f"sm_{major}{minor}")
+        source = cuda_source(kernel, template, types, "KERNEL")
+        symbol = f"{kernel.name}_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+        return symbol, compile_source(source.replace("KERNEL", symbol), _architecture())
     except (OSError, KeyError, ValueError) as error:
         log.warning("MLX compiles %s, which takes longer: %s", kernel.name, error)
         return None

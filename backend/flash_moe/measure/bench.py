@@ -55,7 +55,8 @@ class Benchmark:
             available = inspect_machine().page_cache_bytes
             require_sense(memory, plan.resident_bytes + plan.bank_bytes, available)
             # As a machine of that size would be loaded with.
-            settings = replace(settings, mapped_bytes=settings.mapped_bytes or memory // 2)
+            if settings.mapped_bytes is None:
+                settings = replace(settings, mapped_bytes=memory // 2)
         self._path, self._settings, self._name = path, settings, name or path.name
         self._tokens, self._prompts, self._memory = tokens, tuple(prompts), memory
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,7 @@ from flash_moe.stream.precision import Precision
 from flash_moe.stream.reader import Reader
 from flash_moe.stream.store import ExpertStore
 from flash_moe.stream.streamed import StreamedLayer, StreamedSwitch, Streamer
+from flash_moe.upstream import Replacement
 
 # Resident weights are evaluated this much at a time, so that progress moves and Ctrl-C works.
 LOAD_STEP_BYTES = 64 << 20
@@ -55,7 +57,8 @@ LOAD_STEP_BYTES = 64 << 20
 
 @dataclass(slots=True)
 class StreamedModel:
-    """`heads` are the native matrices that give logits, `words` how many tokens the embedding
+    """`operations` are those of mlx-lm's that our kernels compute. `heads` are the native matrices
+    that give logits, `words` how many tokens the embedding
     knows. `warning` is for the user: what is slower
     than it should be."""
 
@@ -69,14 +72,15 @@ class StreamedModel:
     heads: list[NativeLinear]
     words: int
     load_seconds: float
+    operations: dict[str, Replacement]
     warning: str | None = None
-    _unwire: Callable[[], Any] = lambda: None
+    _unwire: Callable[[], None] = lambda: None
     _thread: int = field(default_factory=threading.get_ident)
 
     def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
         if threading.get_ident() != self._thread:
             raise FlashMoeError("A loaded model runs in the thread that loaded it.")
-        with upstream.operations(**make_operations(self.runtime.name)):
+        with upstream.operations(**self.operations):
             logits: mx.array = self.model(tokens, cache=cache)
         return logits
 
@@ -120,10 +124,7 @@ class StreamedModel:
             self.streamer.bank.drain()
         finally:
             self._unwire()
-            self.streamer.reader.close()
-            if self.streamer.mapping is not None:
-                self.streamer.mapping.close()
-            self.streamer.store.close()
+            self.streamer.close()
 
 
 def load(
@@ -157,11 +158,16 @@ def load(
     install_kernels(skeleton.model, streamer, runtime, choice)
     resident = list(skeleton.resident().values())
     plan = replace(plan, resident_bytes=sum(array.nbytes for array in resident))
-    unwire = wire(plan.resident_bytes + plan.bank_bytes)
-    _materialise(resident, progress)
-    failed = []
-    if runtime.name in ("metal", "cuda"):
-        failed = prove(skeleton.model, partial(upstream.make_cache, skeleton.model))
+    operations, failed = make_operations(runtime.name), list[str]()
+    with ExitStack() as undo:
+        undo.callback(streamer.close)
+        unwire = wire(plan.resident_bytes + plan.bank_bytes)
+        undo.callback(unwire)
+        _materialise(resident, progress)
+        if runtime.name == "metal" or runtime.name == "cuda":
+            make_cache = partial(upstream.make_cache, skeleton.model)
+            failed = prove(skeleton.model, make_cache, operations, runtime.name)
+        undo.pop_all()
     return StreamedModel(
         skeleton.model,
         skeleton.config,
@@ -173,6 +179,7 @@ def load(
         find_heads(skeleton.model),
         count_words(skeleton.model),
         time.perf_counter() - start,
+        operations,
         explain(failed),
         unwire,
     )

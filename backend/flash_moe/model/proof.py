@@ -2,8 +2,8 @@
 on experts of this very model. One that does not compile, or gives something else, is left out, and
 MLX computes in its place.
 
-What has passed is remembered for this GPU, this MLX and these shaders. The first time takes some
-milliseconds, and the time that MLX's own kernels need to compile.
+What has passed is remembered for this GPU, this MLX, these shaders and the way that they are
+launched. The first time takes some milliseconds, and what MLX's own kernels need to compile.
 """
 
 from __future__ import annotations
@@ -11,22 +11,28 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from flash_moe import upstream
 from flash_moe.arrays import mlx_dtype
-from flash_moe.kernels import shaders
+from flash_moe.errors import FlashMoeError
+from flash_moe.kernels import gpu, shaders
+from flash_moe.kernels.gpu_operations import GpuGatedDelta
 from flash_moe.kernels.interface import Shared
+from flash_moe.kernels.shaders import GpuKind
 from flash_moe.kernels.spec import ExpertSpec
 from flash_moe.model.families import linear_attention
 from flash_moe.model.mixture import Mixture
 from flash_moe.native.build import cache_folder
 from flash_moe.stream.streamed import StreamedLayer, StreamedSwitch
+from flash_moe.upstream import Replacement
 
 # Of the largest value: 16 bits and NVIDIA's 11-bit factors come to 1e-2, a wrong kernel to 1.
 TOLERANCE = 0.05
@@ -34,13 +40,26 @@ TOLERANCE = 0.05
 # MLX computes those of longer ones.
 SIZES = ((1, 4), (7, 2))
 
+LAUNCHERS = ("backends", "cuda_build", "gated_delta", "gpu", "gpu_operations")
+
 log = logging.getLogger(__name__)
+
+
+class NothingToCompare(Exception):
+    """MLX itself cannot compute it here."""
+
 
 Compare = Callable[[], list[tuple[mx.array, mx.array]]]
 
 
-def prove(model: nn.Module, make_cache: Callable[[], list[Any]]) -> list[str]:
-    """Leaves out what fails; the names of what was left out."""
+def prove(
+    model: nn.Module,
+    make_cache: Callable[[], list[Any]],
+    operations: dict[str, Replacement],
+    kind: GpuKind,
+) -> list[str]:
+    """Leaves out what fails, also of the operations of mlx-lm's that our kernels compute; the names
+    of what was left out."""
     modules = [module for _, module in model.named_modules()]
     layers = [module.layer for module in modules if isinstance(module, StreamedSwitch)]
     mixtures = [module for module in modules if isinstance(module, Mixture)]
@@ -59,13 +78,22 @@ def prove(model: nn.Module, make_cache: Callable[[], list[Any]]) -> list[str]:
     for mixture in mixtures:
         mixture.fused = mixture.fused and mixture.layer.spec is not None
     attention = [module for module in modules if linear_attention.is_fused(module)]
-    if attention:
-        key = ("linear attention", *(p.shape for p in _arrays(attention[0])))
-        if not _passes(key, lambda: _attention(attention[0], make_cache)):
-            failed.append("linear attention")
-            for module in attention:
-                linear_attention.unfuse(module)
+    if (attention or "gated_delta" in operations) and not (
+        _passes(("rule",), lambda: _rule(kind)) and _layer_passes(attention, make_cache)
+    ):
+        failed.append("linear attention")
+        operations.pop("gated_delta", None)
+        for module in attention:
+            linear_attention.unfuse(module)
     return list(dict.fromkeys(failed))
+
+
+def _layer_passes(attention: list[nn.Module], make_cache: Callable[[], list[Any]]) -> bool:
+    """All of a model's layers of linear attention are alike."""
+    if not attention:
+        return True
+    key = ("linear attention", *_attention_key(attention[0]))
+    return _passes(key, lambda: _attention(attention[0], make_cache))
 
 
 def explain(failed: list[str]) -> str | None:
@@ -86,13 +114,30 @@ def _passes(key: tuple[Any, ...], compare: Compare) -> bool:
     try:
         for got, want in compare():
             _require_close(got, want)
+    except FlashMoeError:  # of the disk: nothing is said about kernels
+        raise
+    except NothingToCompare as error:
+        log.warning("kernels for %s are not proven: %s", key[0], error)
+        return True
     except Exception as error:
         # A compiler's errors have no type of their own.
         log.warning("kernels for %s: %s", key[0], error)
         return False
     if mark is not None:
-        mark.touch()
+        with suppress(OSError):  # then it is compared again at the next start
+            mark.touch()
     return True
+
+
+@contextmanager
+def _by_mlx() -> Iterator[None]:
+    """What MLX cannot compute on this GPU says nothing about our kernels."""
+    try:
+        yield
+    except FlashMoeError:
+        raise
+    except Exception as error:
+        raise NothingToCompare(str(error)) from error
 
 
 def _require_close(got: mx.array, want: mx.array) -> None:
@@ -114,16 +159,16 @@ def _experts(layer: StreamedLayer) -> list[tuple[mx.array, mx.array]]:
         weights = mx.full(chosen.shape, 1 / chosen.shape[1])
         got = layer.mixture(x, chosen, weights, Shared())
         mx.eval(got)
-        with _by_mlx(layer):
+        with _without_kernels(layer), _by_mlx():
             rows = layer.experts(x, mx.array(chosen)).astype(mx.float32)
-        want = (rows * weights[..., None]).sum(axis=-2)
-        mx.eval(want)
+            want = (rows * weights[..., None]).sum(axis=-2)
+            mx.eval(want)
         pairs.append((got, want))
     return pairs
 
 
 @contextmanager
-def _by_mlx(layer: StreamedLayer) -> Iterator[None]:
+def _without_kernels(layer: StreamedLayer) -> Iterator[None]:
     spec, layer.spec = layer.spec, None
     try:
         yield
@@ -156,15 +201,20 @@ def _router(mixture: Mixture) -> list[tuple[mx.array, mx.array]]:
 def _attention(
     module: nn.Module, make_cache: Callable[[], list[Any]]
 ) -> list[tuple[mx.array, mx.array]]:
-    """Two tokens one after the other: the second one has a state."""
-    rng, outputs = np.random.default_rng(0), []
-    rows = [_random(rng, (1, 1, module.hidden_size), module.conv1d.weight.dtype) for _ in "12"]
-    for call in (module, linear_attention.own_call(module)):
+    """The same token twice: the second time there is a state, which knows it."""
+    rng = np.random.default_rng(0)
+    rows = [_random(rng, (1, 1, module.hidden_size), module.conv1d.weight.dtype)] * 2
+
+    def run(call: Callable[..., mx.array]) -> list[mx.array]:
         cache = next(cache for cache in make_cache() if hasattr(cache, "lengths"))
-        got = [call(x, None, cache) for x in rows]
-        outputs.append([*got, cache[0], cache[1]])
-        mx.eval(outputs[-1])
-    return list(zip(*outputs, strict=True))
+        got = [*(call(x, None, cache) for x in rows), cache[0], cache[1]]
+        mx.eval(got)
+        return got
+
+    got = run(module)
+    with _by_mlx():
+        want = run(linear_attention.own_call(module))
+    return list(zip(got, want, strict=True))
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
@@ -176,8 +226,31 @@ def _spec_type(mixture: Mixture) -> mx.Dtype:
     return mx.float32 if spec is None else mlx_dtype(spec.gate.scale_type)
 
 
-def _arrays(module: nn.Module) -> list[mx.array]:
-    return [module.conv1d.weight, module.A_log, module.dt_bias]
+def _attention_key(module: nn.Module) -> tuple[Any, ...]:
+    weight = module.conv1d.weight
+    heads = (module.num_k_heads, module.num_v_heads, module.head_k_dim, module.head_v_dim)
+    return (*heads, weight.shape, weight.dtype, module.dt_bias.dtype)
+
+
+def _rule(kind: GpuKind) -> list[tuple[mx.array, mx.array]]:
+    """The gated delta rule as mlx-lm calls it: a prompt, and a token after it."""
+    rng, own = np.random.default_rng(0), upstream.get(upstream.GATED_DELTA, "gated_delta_ops")
+    ours, results = GpuGatedDelta(own, kind), []
+    state, expected, key = None, None, None
+    for tokens in (5, 1):
+        sizes = ((1, tokens, 2, 64), (1, tokens, 2, 64), (1, tokens, 4, 40))
+        q, k, v = (_random(rng, size, mx.bfloat16) / 8 for size in sizes)
+        # Equal keys: what was said before must be taken off.
+        k = mx.broadcast_to(key, k.shape) if key is not None else k[:, :1] + mx.zeros_like(k)
+        key = k[:, :1]
+        g, beta = (mx.sigmoid(_random(rng, (1, tokens, 4), mx.float32)) for _ in "12")
+        rows, state = ours(q, k, v, g, beta, state)
+        mx.eval(rows, state)
+        with _by_mlx():
+            want, expected = own(q, k, v, g, beta, expected)
+            mx.eval(want, expected)
+        results += [(rows, want), (state, expected)]
+    return results
 
 
 def _device() -> str:
@@ -186,6 +259,13 @@ def _device() -> str:
 
 
 def _digest(key: tuple[Any, ...]) -> str:
-    texts = [shaders.text(path.name) for path in sorted(shaders.folder().glob("*.[mh]*"))]
+    texts = [
+        shaders.text(path.name)
+        for path in sorted(shaders.folder().iterdir())
+        if path.suffix in (".metal", ".h")
+    ]
+    # How they are launched, and with which constants.
+    kernels = [Path(gpu.__file__).with_name(f"{name}.py") for name in LAUNCHERS]
+    texts += [path.read_text("utf-8") for path in (*kernels, Path(linear_attention.__file__))]
     made = repr((key, version("mlx"), _device(), texts))
     return hashlib.sha256(made.encode()).hexdigest()[:24]

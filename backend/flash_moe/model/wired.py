@@ -7,23 +7,39 @@ loop outside of a wired limit 88 times slower.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from contextlib import suppress
 
 import mlx.core as mx
 
 # The state of a conversation and what a layer computes, beside weights and bank.
 ROOM = 2 << 30
 
+# Of the models that are loaded; and the limit before the first of them.
+_wired: list[int] = []
+_before: list[int] = []
 
-def wire(nbytes: int) -> Callable[[], Any]:
-    """Raise the wired limit to so many bytes and room besides, as far as the system recommends; the
-    page cache needs the rest. Call the result to put it back."""
+
+def wire(nbytes: int) -> Callable[[], None]:
+    """Raise the wired limit by so many bytes, as far as the system recommends; the page cache needs
+    the rest. Call the result to take that back."""
     if not mx.metal.is_available():
-        return _nothing
-    most = int(mx.device_info(mx.gpu)["max_recommended_working_set_size"])
-    return partial(mx.set_wired_limit, mx.set_wired_limit(min(nbytes + ROOM, most)))
+        return lambda: None
+    _wired.append(nbytes)
+    _set_limit()
+
+    def unwire() -> None:
+        with suppress(ValueError):
+            _wired.remove(nbytes)
+            _set_limit()
+
+    return unwire
 
 
-def _nothing() -> None:
-    pass
+def _set_limit() -> None:
+    if _wired:
+        most = int(mx.device_info(mx.gpu)["max_recommended_working_set_size"])
+        before = mx.set_wired_limit(min(sum(_wired) + ROOM, most))
+        if not _before:
+            _before.append(before)
+    elif _before:
+        mx.set_wired_limit(_before.pop())

@@ -117,6 +117,8 @@ def _compile(
                 f"{compiler} could not compile {library.title}. Set CC to another compiler "
                 f"(gcc 9 and clang 12 or newer will do).\n{last}"
             )
+        # Some linkers write a file of their own, with the bits that the umask leaves.
+        os.chmod(temporary, 0o700)
         path = folder / f"{stem}-{_digest(Path(temporary))}.so"
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())

@@ -31,8 +31,8 @@ BLOCK = 2 << 20
 
 @dataclass(slots=True)
 class MappedExperts:
-    """`limit`: bytes that may stay mapped. Linux tells only the owner of a file what is in memory:
-    the files of others are always read."""
+    """`limit`: bytes that may stay mapped. Linux tells only the owner of a file what is in memory,
+    and says of the files of others that all is there: those are always read."""
 
     store: ExpertStore
     reader: NativeReader
@@ -91,6 +91,8 @@ class MappedExperts:
             if view is not None:
                 view.close()
         self._maps.clear()
+        self._used.clear()
+        self._blocks.clear()
         self._pieces.clear()
         self._parts.clear()
 
@@ -147,7 +149,7 @@ class MappedExperts:
 
 def _mapped(fd: int) -> mmap.mmap | None:
     status = os.fstat(fd)
-    if os.geteuid() not in (0, status.st_uid) or not status.st_size:
+    if os.geteuid() != status.st_uid or not status.st_size:
         return None
     try:
         view = mmap.mmap(fd, status.st_size, prot=mmap.PROT_READ)

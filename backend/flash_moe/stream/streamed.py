@@ -69,6 +69,13 @@ class Streamer:
         self.readback_seconds += time.perf_counter() - start
         return chosen
 
+    def close(self) -> None:
+        """Nothing may be computed from the bank any more."""
+        self.reader.close()
+        if self.mapping is not None:
+            self.mapping.close()
+        self.store.close()
+
     def load(
         self,
         layer: int,
