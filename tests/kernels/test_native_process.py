@@ -72,6 +72,26 @@ def test_a_library_that_others_could_have_written_is_not_loaded(
     assert native_build.cache_folder() is None
 
 
+def test_a_linker_that_writes_with_the_umasks_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As lld does under a umask of 002: what is compiled is still ours alone."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        f'#!/bin/sh\n{find_compiler()} "$@" || exit\n'
+        'while [ "$1" ]; do [ "$1" = -o ] && chmod 775 "$2"; shift; done; exit 0\n'
+    )
+    compiler.chmod(0o700)
+    source = tmp_path / "small.c"
+    source.write_text("int one(void) { return 1; }")
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library = native_build.build(native_build.Library("small", "a small one", (source,)))
+    assert library.one() == 1
+    (file,) = (tmp_path / "cache").rglob("*.so")
+    assert not file.stat().st_mode & 0o022
+
+
 # -- threads and processes ----------------------------------------------------------------------
 
 

@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from flash_moe import Engine, PrefixSettings, Request, Settings
 from flash_moe.built_in import NAME as BUILT_IN_NAME
+from llm_flash_moe.answering.turn import is_logged
 from llm_flash_moe.paths import prompts
 from llm_flash_moe.registry import Entry, Registry
 from tests.plugin.terminal import fails, installed_llm, works
@@ -120,6 +123,24 @@ def test_what_is_not_logged_is_not_saved() -> None:
     works("logs", "off")
     assert saved() == 0
     assert saved("--log") == 1
+
+
+def test_only_llms_own_options_count(llm_home: Path) -> None:
+    """Another program that calls a model may have a `--log` of its own."""
+    answers = []
+
+    @click.command()
+    @click.option("--log")
+    @click.option("--no-log", is_flag=True)
+    def other(log: str, no_log: bool) -> None:
+        answers.append(is_logged())
+
+    for arguments in ([], ["--log", "x"], ["--no-log"]):
+        CliRunner().invoke(other, arguments)
+    llm_home.mkdir(exist_ok=True)
+    (llm_home / "logs-off").touch()
+    CliRunner().invoke(other, ["--log", "x"])
+    assert answers == [True, True, True, False]
 
 
 def said(*arguments: object) -> None:
