@@ -35,6 +35,8 @@ BUGS = [
     ("expert_down.metal", "ulong(slot) *", "ulong(slot ^ 1u) *", EXPERTS),
     ("expert_down_combine.metal", "weight * v", "v", EXPERTS),
     ("combine.metal", "ulong(place[pair])", "ulong(pair ^ 1u)", EXPERTS),
+    ("combine.metal", "metal::exp(-float(shared_gate", "metal::exp(float(shared_gate", EXPERTS),
+    ("expert_down_combine.metal", "if (SHARED)", "if (false)", EXPERTS),
     ("moe_common.h", "TWO_PLANES>(v, i);", "TWO_PLANES>(v, i ^ 1);", EXPERTS),
     ("router_topk.metal", "metal::exp(top - high)", "metal::exp(high)", ROUTER),
     ("gated_delta.metal", "ks[i] *= k_scale;", "", ATTENTION),

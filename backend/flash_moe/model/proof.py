@@ -157,11 +157,12 @@ def _experts(layer: StreamedLayer) -> list[tuple[mx.array, mx.array]]:
         chosen = np.tile(np.arange(min(k, count), dtype=np.uint32), (tokens, 1))
         x = _random(rng, (tokens, spec.hidden), mlx_dtype(spec.gate.scale_type))
         weights = mx.full(chosen.shape, 1 / chosen.shape[1])
-        got = layer.mixture(x, chosen, weights, Shared())
+        gate = _random(rng, (tokens, 1), x.dtype)
+        got = layer.mixture(x, chosen, weights, Shared(x, gate))
         mx.eval(got)
         with _without_kernels(layer), _by_mlx():
             rows = layer.experts(x, mx.array(chosen)).astype(mx.float32)
-            want = (rows * weights[..., None]).sum(axis=-2)
+            want = (rows * weights[..., None]).sum(axis=-2) + mx.sigmoid(gate) * x
             mx.eval(want)
         pairs.append((got, want))
     return pairs
