@@ -148,12 +148,20 @@ def test_where_the_system_does_not_count_what_came_from_the_disk(
     draw("", report.tokens, report.roofline)
 
 
-def test_what_is_evicted_is_gone(model: StreamedModel) -> None:
-    """Mapped pages, too, which the system would keep."""
+@pytest.mark.parametrize("changed", [False, True])
+def test_what_is_evicted_is_gone(model: StreamedModel, changed: bool) -> None:
+    """Mapped pages, too, which the system would keep; and those that no disk has yet."""
     evict, mapping = Eviction(model.streamer), model.streamer.mapping
     if evict.why_not:
         pytest.skip(evict.why_not)
     measured(model)
+    if changed:
+        for layer in model.streamer.store.layers:
+            for file in {run.file for run in layer.runs}:
+                with file.open("r+b") as opened:
+                    content = opened.read()
+                    opened.seek(0)
+                    opened.write(content)
     evict()
     layers, residency = model.streamer.store.layers, Residency(model.streamer.store)
     cached = [
