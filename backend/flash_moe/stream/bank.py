@@ -12,6 +12,7 @@ and evaluates that before it hands out its slots again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -147,6 +148,12 @@ class Bank:
         lane.owners = tuple(owners)
         lane.state = State.FILLING
         return lane
+
+    def forget(self) -> None:
+        """Frees all slots, whatever becomes of what was to be computed from them."""
+        for lane in self.lanes:
+            with suppress(Exception):  # a compiler's errors have no type of their own
+                lane.wait()
 
     def drain(self) -> None:
         """Wait for both lanes: nothing is computed from the bank any more."""
