@@ -95,17 +95,50 @@ def test_every_shader_is_a_program(sources: dict[str, str]) -> None:
         assert f'extern "C" __global__ void {name}(' in source
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
-def test_every_shader_compiles(sources: dict[str, str], architecture: str) -> None:
+def require_nvrtc() -> None:
     try:
         cuda_build._nvrtc()
         cuda_build._headers()
     except OSError as error:
         pytest.skip(f"needs NVRTC and CUDA's headers: {error}")
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
+def test_every_shader_compiles(sources: dict[str, str], architecture: str) -> None:
+    require_nvrtc()
     for source in sources.values():
         assert compile_source(source, architecture).startswith(b"\x7fELF")
     with pytest.raises(ValueError, match="undefined"):
         compile_source(sources["combine"].replace("float total", "float other"), architecture)
+
+
+def test_a_program_is_compiled_once_for_all_processes(
+    sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And again where the file is damaged, or was made for another GPU."""
+    require_nvrtc()
+    compiled: list[str] = []
+
+    def note(source: str, architecture: str) -> bytes:
+        compiled.append(architecture)
+        return compile_source(source, architecture)
+
+    def keep() -> bytes:
+        return cuda_build._kept(sources["combine"], "combine")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cuda_build, "compile_source", note)
+    monkeypatch.setattr(cuda_build, "_architecture", lambda: "sm_90")
+    code = keep()
+    assert keep() == code
+    assert compiled == ["sm_90"]
+    (kept,) = (tmp_path / "flash-moe").iterdir()
+    kept.write_bytes(code[:-1])
+    assert keep() == code
+    assert kept.read_bytes() == code
+    monkeypatch.setattr(cuda_build, "_architecture", lambda: "sm_80")
+    assert keep() != code
+    assert compiled == ["sm_90", "sm_90", "sm_80"]
 
 
 def test_what_mlx_compiles_is_kept_for_the_user(
@@ -116,13 +149,18 @@ def test_what_mlx_compiles_is_kept_for_the_user(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", "")
     monkeypatch.delenv("MLX_PTX_CACHE_DIR")
-    cuda_build.keep_what_mlx_compiles()
+    monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "")
+    monkeypatch.delenv("MLX_MAX_OPS_PER_BUFFER")
+    cuda_build.settle_mlx()
     assert os.environ["MLX_PTX_CACHE_DIR"] == str(
         tmp_path / "flash-moe" / f"mlx-{version('mlx')}-sm_90"
     )
+    assert os.environ["MLX_MAX_OPS_PER_BUFFER"] == "4"
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", "mine")
-    cuda_build.keep_what_mlx_compiles()
+    monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "50")
+    cuda_build.settle_mlx()
     assert os.environ["MLX_PTX_CACHE_DIR"] == "mine"
+    assert os.environ["MLX_MAX_OPS_PER_BUFFER"] == "50"
 
 
 @pytest.mark.skipif(not CUDA, reason="needs an NVIDIA GPU")

@@ -28,7 +28,7 @@ from flash_moe.checkpoint.skeleton import open_skeleton
 from flash_moe.checkpoint.switches import companions
 from flash_moe.errors import CheckpointError, FlashMoeError, OptionError, Remedy
 from flash_moe.kernels.backends import make_kernels, make_operations
-from flash_moe.kernels.cuda_build import keep_what_mlx_compiles
+from flash_moe.kernels.cuda_build import settle_mlx
 from flash_moe.kernels.native_backend import NativeLinear
 from flash_moe.kernels.runtime import Runtime, choose_runtime
 from flash_moe.machine import memory_bytes
@@ -134,7 +134,7 @@ def load(
     start = time.perf_counter()
     runtime = choose_runtime(settings.runtime)
     if on_cuda():
-        keep_what_mlx_compiles()
+        settle_mlx()
     folder = open_folder(path)
     skeleton = open_skeleton(folder, chosen_experts(folder, settings.experts))
     layers = skeleton.layers()
