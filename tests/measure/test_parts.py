@@ -56,6 +56,7 @@ class Clock:
 
 class SlowKernels:
     def __init__(self, kernels: Kernels, clock: Clock) -> None:
+        self.one_hand_over = kernels.one_hand_over
         self.prefers_mlx = kernels.prefers_mlx
         self.route = clock.slow(100, kernels.route)
         self.mixture = clock.slow(1000, kernels.mixture)

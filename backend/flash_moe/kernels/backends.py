@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
 
 from flash_moe.kernels import gpu
-from flash_moe.kernels.gpu import Tuning
+from flash_moe.kernels.gpu import Tiles, Tuning
 from flash_moe.kernels.gpu_operations import gpu_operations
 from flash_moe.kernels.interface import Kernels, Memory, Shared
 from flash_moe.kernels.native import load_native
@@ -38,6 +39,10 @@ def make_operations(name: RuntimeName) -> dict[str, Replacement]:
 class GpuKernels:
     kind: GpuKind
 
+    @property
+    def one_hand_over(self) -> bool:
+        return self.kind == "cuda"
+
     def prefers_mlx(self, pairs: int, experts: int) -> bool:
         # Where MLX's Metal back end turns to matrix instructions, which ours do not use. Its CUDA
         # back end does not: at 16 tokens an expert it took 4.7 times as long as ours.
@@ -64,18 +69,33 @@ class GpuKernels:
         shared: Shared,
     ) -> mx.array:
         t, k = slots.shape
+        if t == 1:
+            tiles = _tiles_of_a_token(spec, slots.tobytes())
+            return self._one_by_one(lane, spec, x, tiles, weights, shared)
         tokens, flat = np.repeat(np.arange(t, dtype=np.uint32), k), slots.reshape(-1)
         distinct = np.unique(flat)
         spec.check_slots(int(distinct[-1]))
         if tile_size(t * k, len(distinct)) == 1:
-            tiles, tuning = gpu.make_tiles(tokens, flat), tuning_for(1)
-            h = gpu.gate_up(self.kind, spec, x, lane.words, tiles, tuning[0])
-            return gpu.down_combine(
-                self.kind, spec, h, lane.words, tiles, weights, shared, x.dtype, tuning[1]
-            )
+            tiles = gpu.make_tiles(tokens, flat)
+            return self._one_by_one(lane, spec, x, tiles, weights, shared)
         order = np.argsort(flat, kind="stable")
         rows = self.rows(lane, spec, x, tokens[order], flat[order])
         return self.combine(rows, inverse(order), weights, shared, x.dtype)
+
+    def _one_by_one(
+        self,
+        lane: Memory,
+        spec: ExpertSpec,
+        x: mx.array,
+        tiles: Tiles,
+        weights: mx.array,
+        shared: Shared,
+    ) -> mx.array:
+        tuning = tuning_for(1)
+        h = gpu.gate_up(self.kind, spec, x, lane.words, tiles, tuning[0])
+        return gpu.down_combine(
+            self.kind, spec, h, lane.words, tiles, weights, shared, x.dtype, tuning[1]
+        )
 
     def combine(
         self, rows: mx.array, place: U32, weights: mx.array, shared: Shared, dtype: mx.Dtype
@@ -86,6 +106,14 @@ class GpuKernels:
         self, logits: mx.array, k: int, renormalise: bool, keep: int
     ) -> tuple[mx.array, mx.array]:
         return gpu.router(self.kind, logits, k, renormalise, keep)
+
+
+@lru_cache(maxsize=256)
+def _tiles_of_a_token(spec: ExpertSpec, slots: bytes) -> Tiles:
+    """The same for nearly every token: the slots are 0, 1, … with a mark at those in full."""
+    numbers = np.frombuffer(slots, np.uint32)
+    spec.check_slots(int(numbers.max()))
+    return gpu.make_tiles(np.zeros_like(numbers), numbers)
 
 
 # Tokens a tile where experts are shared; tiles of 8 run out of registers. On an H200, µs a layer of

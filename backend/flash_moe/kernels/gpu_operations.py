@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import mlx.core as mx
 
@@ -97,7 +97,7 @@ def _delta(
         inputs=[
             *(*rows, decay, beta),
             *((gates.log_rate, gates.step) if gates else (beta, beta)),
-            *(state, mx.array([tokens], mx.uint32)),
+            *(state, _count(tokens)),
         ],
         template=[
             *(("T", dtype), ("KEY_HEADS", key_heads), ("HEADS", heads), ("DK", keys)),
@@ -113,6 +113,11 @@ def _delta(
     return y, kept
 
 
+@lru_cache(maxsize=64)
+def _count(tokens: int) -> mx.array:
+    return mx.array([tokens], mx.uint32)
+
+
 def short_conv(
     kind: GpuKind, x: mx.array, past: mx.array, weight: mx.array
 ) -> tuple[mx.array, mx.array]:
@@ -121,7 +126,7 @@ def short_conv(
     _, tokens, channels = x.shape
     taps = weight.shape[1]
     y, last = kernel(kind, "short_conv", ("x", "past", "weight", "count"), ("y", "last"))(
-        inputs=[x, past, weight, mx.array([tokens], mx.uint32)],
+        inputs=[x, past, weight, _count(tokens)],
         template=[("T", x.dtype), ("CHANNELS", channels), ("TAPS", taps)],
         grid=(-(-channels // CONV_THREADS) * CONV_THREADS, tokens + taps - 1, 1),
         threadgroup=(CONV_THREADS, 1, 1),

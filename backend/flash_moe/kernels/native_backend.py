@@ -26,6 +26,10 @@ class NativeKernels:
 
     native: Native
 
+    @property
+    def one_hand_over(self) -> bool:
+        return False
+
     def linear(self, matrix: Resident, x: mx.array) -> mx.array:
         """x · matrix, in the type of x."""
         return mx.array(self.native.matmul(matrix, _float32(x))).astype(x.dtype)

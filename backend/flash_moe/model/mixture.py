@@ -72,11 +72,12 @@ class Mixture(nn.Module):
         kernels = self.streamer.kernels
         assert kernels is not None
         ids, weights = kernels.route(self.gate(x), self._ranked, self._renormalise, self._routed)
-        mx.async_eval(ids, weights)
+        if not kernels.one_hand_over:
+            mx.async_eval(ids, weights)
         # Handed over before the read-back: a GPU computes it while the host reads the experts.
         shared = self._shared(x)
-        if shared.output is not None:
-            mx.async_eval(shared.output, shared.gate)
+        rest = [] if shared.output is None else [shared.output, shared.gate]
+        mx.async_eval(ids, weights, *rest)
         chosen, full = self.streamer.read_back(ids), None
         if self._needs_host:
             chosen, host_weights, full = self._select(chosen, weights)
