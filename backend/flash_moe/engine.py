@@ -9,6 +9,7 @@ from typing import Any
 
 from flash_moe.callbacks import Notice, Progress, no_notice, no_progress
 from flash_moe.chat.events import Event, Markers, Splitter
+from flash_moe.chat.makers import completed, makers_sampling, without_effect
 from flash_moe.chat.stops import StopScanner
 from flash_moe.chat.template import with_schema
 from flash_moe.chat.thought import find_thought, thought_markers
@@ -38,6 +39,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.prefix = prefix
+        self._makers_sampling = makers_sampling(model.path)
 
     @classmethod
     def load(
@@ -82,13 +84,15 @@ class Engine:
         constraint = self._grammar(request, tool_format).constraint(
             prompt, thinking_budget=request.thinking_budget
         )
+        sampling = completed(request, self._makers_sampling)
         tokens = TokenRequest(
             prompt=prompt,
             max_tokens=self._max_tokens(len(prompt), request),
             stop_tokens=self.tokenizer.stop_tokens,
             constraint=constraint,
-            sampling=request,
+            sampling=sampling,
             logprobs=request.logprobs,
+            stop_loops=request.stop_loops is not False,
             cancelled=request.cancelled,
             progress=request.progress,
         )
@@ -96,6 +100,11 @@ class Engine:
         if self.prefix is not None:
             begin = partial(self.prefix.begin, write=request.save_prompts is not False)
         generation = Generation(self.model, tokens, begin)
+        if idle := without_effect(request, sampling):
+            generation.stats.warning = (
+                f"{' and '.join(idle)} had no effect: at temperature 0 the likeliest token is "
+                "always taken."
+            )
         thought = find_thought(self.tokenizer)
         inside = thought is not None and thought.is_open(prompt, self.tokenizer.stop_tokens)
         markers = Markers(thought_markers(self.tokenizer), tool_format, request.tools)

@@ -158,10 +158,13 @@ def _plain(number: float | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen. Unset: greedy, no filter, no penalty, as in mlx-lm."""
+    """How the next token is chosen. Unset in a request: as the model's makers say. If they do not
+    say, either: greedy, no filter, no penalty, as in mlx-lm."""
 
     temperature: float | None = option(
-        "Randomness, 0 to 10; 0 always takes the likeliest token (0)", least=0, most=10
+        "Randomness, 0 to 10; 0 always takes the likeliest token (the model's own, else 0)",
+        least=0,
+        most=10,
     )
     top_p: float | None = option(
         "Sample from the likeliest tokens that have this much probability together, 0 to 1",
@@ -246,6 +249,9 @@ class Request(Sampling):
         "Most tokens of conversation and reply together (the model's own)", least=1
     )
     stop: Sequence[str] | None = option('Text at which the answer ends, or several: ["a", "b"]')
+    stop_loops: bool | None = option(
+        "End a reply that says the same over and over, 8 times and 256 tokens of it (true)"
+    )
     thinking: bool | None = option("Think before answering (the model's own default)")
     thinking_budget: int | None = option(
         "Tokens after which a thought is closed and the answer begins", least=0

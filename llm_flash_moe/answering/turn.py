@@ -109,6 +109,10 @@ class Turn:
         response.set_resolved_model(f"{plan.architecture} {plan.bits}")
         if stats.warning:
             warn(stats.warning)
+        if stats.finish_reason == "loop":
+            warn(
+                "The reply said the same over and over and was ended. Let it go on: -o stop_loops 0"
+            )
         if self._request.schema is not None and not reply.complete:
             warn(
                 f"The JSON is not complete ({stats.finish_reason}, "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +17,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.utils import load_model
 
 from flash_moe.decode.loop import Generation, TokenRequest
-from flash_moe.errors import CheckpointError, OptionError
+from flash_moe.errors import CheckpointError, FlashMoeError, OptionError, Remedy
 from flash_moe.model.load import StreamedModel, load
 from flash_moe.options import Sampling, Settings
 from flash_moe.synth.model import Shape, synthesize
@@ -236,3 +238,57 @@ def test_replies_without_a_seed_differ_even_after_one_with_a_seed(
         assert reply(7) == reply(7)
         after_seeds.append(tuple(reply(None)))
     assert len(set(after_seeds)) == 3
+
+
+# Numbers that are none ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damaged", "where"),
+    [
+        (1, "the experts of layer 1 or the attention of layer 2"),
+        (3, "the experts of layer 3 or after them"),
+    ],
+)
+def test_damaged_experts_are_an_error_that_says_where(
+    folder: Path, tmp_path: Path, damaged: int, where: str
+) -> None:
+    """All bits set: scales that are no numbers, as in a file that was not written to its end."""
+    copy = tmp_path / "model"
+    copytree(folder, copy)
+    with closing(load(copy, Settings(bank_bytes=1))) as model:
+        layer = model.streamer.store.layers[damaged]
+        for run in layer.runs:
+            with run.file.open("r+b") as file:
+                for expert in range(layer.experts):
+                    file.seek(run.base + expert * run.step)
+                    file.write(b"\xff" * run.length)
+        with pytest.raises(FlashMoeError, match=where) as raised:
+            list(generation(model, 3))
+        assert raised.value.remedy is Remedy.VERIFY
+
+
+def test_the_first_layer_that_is_damaged_is_named(folder: Path) -> None:
+    with closing(load(folder, Settings(bank_bytes=1))) as model:
+        (norm,) = [
+            module
+            for name, module in model.model.named_modules()
+            if name.endswith("layers.2.input_layernorm")
+        ]
+        norm.weight = norm.weight * float("inf")
+        with pytest.raises(FlashMoeError, match="the attention of layer 2"):
+            list(generation(model, 3))
+
+
+# Loops -------------------------------------------------------------------------------------------
+
+
+def test_a_reply_in_circles_ends(streamed: StreamedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop of a real reply is what a model chooses; here it is chosen for it."""
+    monkeypatch.setattr(Generation, "_next", lambda self, tokens, *rest: len(tokens) % 3)
+    made = generation(streamed, 2000)
+    assert len(list(made)) == 256
+    assert made.stats.finish_reason == "loop"
+    free = generation(streamed, 2000, stop_loops=False)
+    assert len(list(free)) == 2000
+    assert free.stats.finish_reason == "length"

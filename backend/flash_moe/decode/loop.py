@@ -7,21 +7,24 @@ this one computes a token when it is wanted, and not before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from flash_moe import upstream
 from flash_moe.callbacks import Cancelled, Progress, never, no_progress
 from flash_moe.decode.constrained import ConstraintStepper
 from flash_moe.decode.constraint import Constraint
+from flash_moe.decode.loops import Loops
 from flash_moe.decode.prefill import Begin, Prefill, from_cache
-from flash_moe.decode.sampling import Sampler
+from flash_moe.decode.sampling import Sampler, used
 from flash_moe.decode.statistics import Stats, StopWatch
-from flash_moe.errors import OptionError
+from flash_moe.errors import FlashMoeError, OptionError, Remedy
 from flash_moe.model.load import StreamedModel
 from flash_moe.options import Phase, Sampling
 
@@ -44,6 +47,7 @@ class TokenRequest:
     constraint: Constraint | None = None
     sampling: Sampling = Sampling()
     logprobs: int | None = None
+    stop_loops: bool = True
     cancelled: Cancelled = never
     progress: Progress = no_progress
 
@@ -84,6 +88,7 @@ class Generation:
             experts_per_token=model.plan.experts_per_token,
             bits=model.plan.bits,
             runtime=model.runtime.name,
+            sampling=used(request.sampling),
         )
         # Of every token that was chosen, and not forced, if the request asks for them.
         self.logprobs: list[TokenLogprobs] = []
@@ -113,9 +118,12 @@ class Generation:
         try:
             yield from self._timed(prefill)
         except GeneratorExit:  # enough was read, so the prompt may well be continued
-            self.stats.warning = prefill.finish()
+            self._warn(prefill.finish())
             raise
-        self.stats.warning = prefill.finish()
+        self._warn(prefill.finish())
+
+    def _warn(self, text: str) -> None:
+        self.stats.warning = " ".join(filter(None, (self.stats.warning, text)))
 
     def _timed(self, prefill: Prefill) -> Iterator[int]:
         try:
@@ -128,7 +136,7 @@ class Generation:
             self.stats.finish_reason = "cancelled"
             return
         tokens, room = list(self._request.prompt), self._request.max_tokens
-        computed = prefill.computed
+        computed, loops = prefill.computed, Loops()
         while room:
             if self._request.cancelled():
                 self.stats.finish_reason = "cancelled"
@@ -150,6 +158,9 @@ class Generation:
                     self.stats.finish_reason = "stop"
                     return
                 yield token
+                if loops.closed_by(token) and self._request.stop_loops:
+                    self.stats.finish_reason = "loop"
+                    return
         self.stats.finish_reason = "stop" if self._stepper.finished else "length"
 
     def _read_prompt(self, prefill: Prefill) -> bool:
@@ -185,11 +196,32 @@ class Generation:
             for penalize in self._penalties:
                 logits = penalize(history, logits)
         logits = self._stepper.restrict(logits)
-        log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        token = cast(int, self._sample(log_probabilities).item())
+        total = mx.logsumexp(logits, axis=-1, keepdims=True)
+        log_probabilities = logits - total
+        chosen = self._sample(log_probabilities)
+        mx.eval(chosen, total)
+        # A single logit that is no number makes the sum of all none.
+        if not math.isfinite(cast(float, total.item())):
+            raise FlashMoeError(
+                f"The model computed something that is no number, {_first_fault(cache)}. Its files "
+                "may be damaged, or what they hold is too large for 16 bits.",
+                Remedy.VERIFY,
+            )
+        token = cast(int, chosen.item())
         if self._request.logprobs is not None:
             self.logprobs.append(_logprobs(log_probabilities[0], token, self._request.logprobs))
         return token
+
+
+def _first_fault(cache: list[Any]) -> str:
+    """Where it began, by what each layer's attention keeps of its input."""
+    for number, layer in enumerate(cache):
+        leaves: Any = tree_flatten(layer.state)
+        arrays = [array for _, array in leaves if isinstance(array, mx.array)]
+        if not all(mx.isfinite(array).all().item() for array in arrays):
+            before = f"the experts of layer {number - 1}" if number else "the embedding"
+            return f"in {before} or the attention of layer {number}"
+    return f"in the experts of layer {len(cache) - 1} or after them"
 
 
 def _logprobs(log_probabilities: mx.array, token: int, count: int) -> TokenLogprobs:

@@ -4,11 +4,22 @@ own, so that a seed gives the same reply whatever other replies are made beside 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import mlx.core as mx
 
 from flash_moe import upstream
 from flash_moe.options import Sampling
+
+
+def used(sampling: Sampling) -> dict[str, Any]:
+    """How tokens are chosen, for the statistics: without what changes nothing."""
+    temperature = sampling.temperature or 0.0
+    names = ["repetition_penalty", "presence_penalty", "frequency_penalty"]
+    if temperature:
+        names += ["top_p", "top_k", "min_p", "seed"]
+    values = {name: getattr(sampling, name) for name in names}
+    return {"temperature": temperature, **{n: v for n, v in values.items() if v is not None}}
 
 
 class Sampler:

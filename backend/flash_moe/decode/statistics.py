@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from flash_moe.process import bytes_from_disk, peak_memory
@@ -12,7 +12,7 @@ from flash_moe.stream.streamed import Streamer
 
 @dataclass(slots=True)
 class Stats:
-    """Complete at the end of a reply; `finish_reason` is then stop, length or cancelled.
+    """Complete at the end of a reply; `finish_reason` is then stop, length, loop or cancelled.
 
     mapped_bytes of the expert bytes were computed where the page cache had them, the others read;
     hit_rate is the share that came from the page cache in either way, where the system says;
@@ -22,7 +22,8 @@ class Stats:
     cached_tokens of the prompt were computed for an earlier one; prompt_tokens_per_second counts
     only the others. Of the tokens under a mask, the forced ones among them, allowed_mass is how
     much probability the model itself gave to what the mask allowed: the mean over those that it
-    chose. `warning` is for the user: something did not work, but the reply is what it would be.
+    chose. `sampling` is how tokens were chosen. `warning` is for the user: something did not work,
+    but the reply is what it would be.
     """
 
     prompt_tokens: int = 0
@@ -51,6 +52,7 @@ class Stats:
     experts_per_token: int = 0
     bits: str = ""
     runtime: str = ""
+    sampling: dict[str, Any] = field(default_factory=dict)
     warning: str = ""
 
     def to_json(self) -> dict[str, Any]:
