@@ -51,8 +51,8 @@ import sys
 from pathlib import Path
 from flash_moe import upstream
 for module, names in upstream.NAMES.items():
-    if module != "mlx_lm.tokenizer_utils":
-        upstream.get(module, names[0])
+    upstream.get(module, names[0])
+assert upstream.tool_parser_name("<tool_call>\\n<function=", dict) == "qwen3_coder"
 assert "transformers" not in sys.modules
 assert "mlx_lm.generate" not in sys.modules
 assert "huggingface_hub.hf_api" not in sys.modules
@@ -65,7 +65,7 @@ except huggingface_hub.errors.LocalEntryNotFoundError:
     pass
 assert huggingface_hub.snapshot_download is not mlx_lm.utils.snapshot_download
 
-upstream.get("mlx_lm.tokenizer_utils", "_infer_tool_parser")
+assert "mlx_lm.tokenizer_utils" not in sys.modules
 import mlx_lm
 assert mlx_lm.load is mlx_lm.utils.load
 assert mlx_lm.generate.__module__ == "mlx_lm.generate"

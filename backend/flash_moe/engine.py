@@ -16,6 +16,7 @@ from flash_moe.chat.thought import find_thought, thought_markers
 from flash_moe.chat.tokenizer import ChatTokenizer, load_tokenizer
 from flash_moe.chat.tool_calls import ToolFormat, find_tool_format
 from flash_moe.checkpoint.plan import Plan
+from flash_moe.clock import part
 from flash_moe.decode.constraint import Constraint
 from flash_moe.decode.loop import Generation, TokenRequest
 from flash_moe.decode.statistics import Stats
@@ -27,15 +28,19 @@ from flash_moe.native.build import announcing
 from flash_moe.options import MAX_TOKENS, Request, Settings
 from flash_moe.prefix.store import PrefixSettings, PrefixStore
 
+COMPILING = "MLX compiles its kernels for this GPU, once: the first word may take two minutes."
+
 
 class Engine:
     """A loaded model and its tokenizer. Owns both; use it from the thread that loaded it.
-    `warning` is for the user: a fault of the installation that makes replies slow."""
+    `warning` is for the user: a fault of the installation that makes replies slow; `notice`, too:
+    what the first reply waits for on a new machine."""
 
     def __init__(
         self, model: StreamedModel, tokenizer: ChatTokenizer, prefix: PrefixStore | None = None
     ) -> None:
         self.warning = find_backends().problem or model.warning
+        self.notice = COMPILING if model.compiles else None
         self.model = model
         self.tokenizer = tokenizer
         self.prefix = prefix
@@ -53,10 +58,12 @@ class Engine:
         """`prefix` says where states of prompts are saved for the next turn; None saves none.
         `notice` hears of what takes seconds on a machine's first use."""
         # The tokenizer first: what is missing there is noticed before gigabytes are read.
-        tokenizer = load_tokenizer(path)
+        with part("tokenizer"):
+            tokenizer = load_tokenizer(path)
         with announcing(notice):
             model = load(path, settings, progress)
-        store = None if prefix is None else PrefixStore.open(model, tokenizer, prefix)
+        with part("kept prompt"):
+            store = None if prefix is None else PrefixStore.open(model, tokenizer, prefix)
         return cls(model, tokenizer, store)
 
     @property
@@ -77,13 +84,14 @@ class Engine:
         if request.schema is not None:
             messages = with_schema(messages, request.schema)
         thinking = {} if request.thinking is None else {"enable_thinking": request.thinking}
-        prompt = self.tokenizer.encode_chat(messages, tools=list(request.tools) or None, **thinking)
-        tool_format = None
-        if request.tools:
-            tool_format = find_tool_format(self.model.path, self.tokenizer)
-        constraint = self._grammar(request, tool_format).constraint(
-            prompt, thinking_budget=request.thinking_budget
-        )
+        tools = list(request.tools) or None
+        with part("tokenizer"):
+            prompt = self.tokenizer.encode_chat(messages, tools=tools, **thinking)
+        with part("grammar"):
+            tool_format = find_tool_format(self.model.path, self.tokenizer) if tools else None
+            constraint = self._grammar(request, tool_format).constraint(
+                prompt, thinking_budget=request.thinking_budget
+            )
         sampling = completed(request, self._makers_sampling)
         tokens = TokenRequest(
             prompt=prompt,

@@ -38,7 +38,7 @@ class Nvidia:
 def inspect_machine() -> Machine:
     memory, available = memory_bytes(), _available()
     cache = None if available is None else min(memory, available)
-    return Machine(_cpu(), usable_cores(), memory, cache)
+    return Machine(cpu_name(), usable_cores(), memory, cache)
 
 
 def memory_bytes() -> int:
@@ -98,7 +98,7 @@ def _available() -> int | None:
     return int(match[1]) * 1024 if match else None
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     if sys.platform == "darwin":
         name = _output("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string").strip()
     else:

@@ -21,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from flash_moe.clock import part
 from flash_moe.errors import Remedy, UnsupportedModel
 from flash_moe.lean_import import own_file_limits, without_unused
 
@@ -66,7 +67,7 @@ def get(module: str, name: str) -> Any:
     """A name of mlx-lm's, or UnsupportedModel that says which one is missing."""
     assert name in NAMES[module], f"{module}.{name} is not declared"
     try:
-        with own_file_limits(), without_unused(module):
+        with part("imports"), own_file_limits(), without_unused(module):
             return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UnsupportedModel(
@@ -89,7 +90,9 @@ def load_model_lazily(
 
 
 def model_classes(config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], type]:
-    classes: tuple[Callable[[Any], nn.Module], type] = get("mlx_lm.utils", "_get_classes")(config)
+    classes: tuple[Callable[[Any], nn.Module], type]
+    with part("imports"):
+        classes = get("mlx_lm.utils", "_get_classes")(config)
     return classes
 
 
@@ -235,7 +238,7 @@ def penalties(
 
 
 def tool_parser_name(template: str | None, vocabulary: Callable[[], Mapping[str, int]]) -> Any:
-    """Which parser mlx-lm takes for a chat template. Brings in transformers."""
+    """Which parser mlx-lm takes for a chat template."""
     tokenizer = SimpleNamespace(chat_template=template, get_vocab=vocabulary)
     return get("mlx_lm.tokenizer_utils", "_infer_tool_parser")(tokenizer)
 

@@ -79,6 +79,8 @@ def _engine(key: Key) -> Engine:
             loading.clear()
         if problem := _loaded[key].warning:
             warn(problem)
+        if notice := _loaded[key].notice:
+            click.echo(notice, err=True)
     return _loaded[key]
 
 

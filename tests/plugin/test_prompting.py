@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,31 @@ def test_logs_hold_usage_and_statistics(demo_folder: Path) -> None:
     for name in ("tokens_per_second", "expert_bytes", "load_seconds", "peak_rss_bytes"):
         assert statistics[name] > 0
     assert works("-c", *SHORT, "-u", "More").stderr.startswith("Token usage: ")
+
+
+def test_statistics_say_where_the_time_before_the_first_word_went() -> None:
+    """In a process of its own, whose time is known from outside, and less for a second reply."""
+    start = time.perf_counter()
+    shown = installed_llm("-m", "demo", *SHORT, "-o", "stats", 1, "Hello").stderr
+    seconds = time.perf_counter() - start
+    *_, line = shown.strip().splitlines()
+    (turn,) = logged()
+    parts = turn["response_json"]["first_word"]
+    assert {"start", "imports", "tokenizer", "kernels", "weights", "kept prompt", "prompt"} <= set(
+        parts
+    )
+    assert all(spent >= 0 for spent in parts.values())
+    assert 0 < sum(parts.values()) < seconds
+    assert line.startswith(
+        f"first word after {sum(parts.values()):.2f} s: start {parts['start']:.2f}, "
+    )
+    assert line.endswith(f"the last: {turn['response_json']['saving_seconds']:.2f}")
+
+    model = llm_library.get_model("demo")
+    first, second = (model.prompt("Hello", max_tokens=1) for _ in range(2))
+    first.text(), second.text()
+    assert not {"start", "imports", "weights"} & set(second.response_json["first_word"])
+    assert second.response_json["first_word"]["prompt"] > 0
 
 
 # What goes wrong ------------------------------------------------------------------------------

@@ -36,8 +36,9 @@ def test_nothing_heavy_is_imported(arguments: tuple[str, ...]) -> None:
     assert not {name for name in modules if name.partition(".")[0] in HEAVY}
 
 
-def test_a_reply_needs_no_transformers() -> None:
-    modules = imported("-m", "flash-moe-tiny", "-o", "max_tokens", "3", "Hello")
+@pytest.mark.parametrize("tools", [(), ("-T", "llm_version")], ids=["plain", "tools"])
+def test_a_reply_needs_no_transformers(tools: tuple[str, ...]) -> None:
+    modules = imported("-m", "flash-moe-tiny", *tools, "-o", "max_tokens", "3", "Hello")
     assert "mlx_lm.models.qwen3_5" in modules
     assert not {name for name in modules if name.partition(".")[0] in ("transformers", "torch")}
     assert not modules & {"mlx_lm.generate", "huggingface_hub.hf_api"}

@@ -8,6 +8,7 @@ this one computes a token when it is wanted, and not before.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from flash_moe import upstream
 from flash_moe.callbacks import Cancelled, Progress, never, no_progress
+from flash_moe.clock import part
 from flash_moe.decode.constrained import ConstraintStepper
 from flash_moe.decode.constraint import Constraint
 from flash_moe.decode.loops import Loops
@@ -112,18 +114,22 @@ class Generation:
 
     def __iter__(self) -> Iterator[int]:
         # Here, so that what it takes to restore a state is part of the reply's time.
-        begin = self._begin or from_cache(self._model.make_cache())
-        prefill = begin(self._request.prompt, self._chunk)
+        with part("kept prompt"):
+            begin = self._begin or from_cache(self._model.make_cache())
+            prefill = begin(self._request.prompt, self._chunk)
         self.stats.cached_tokens = prefill.cached
         try:
             yield from self._timed(prefill)
         except GeneratorExit:  # enough was read, so the prompt may well be continued
-            self._warn(prefill.finish())
+            self._finish(prefill)
             raise
-        self._warn(prefill.finish())
+        self._finish(prefill)
 
-    def _warn(self, text: str) -> None:
-        self.stats.warning = " ".join(filter(None, (self.stats.warning, text)))
+    def _finish(self, prefill: Prefill) -> None:
+        start = time.perf_counter()
+        warning = prefill.finish()
+        self.stats.warning = " ".join(filter(None, (self.stats.warning, warning)))
+        self.stats.saving_seconds = time.perf_counter() - start
 
     def _timed(self, prefill: Prefill) -> Iterator[int]:
         try:

@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from flash_moe.clock import take
 from flash_moe.process import bytes_from_disk, peak_memory
 from flash_moe.stream.streamed import Streamer
 
@@ -24,6 +25,10 @@ class Stats:
     much probability the model itself gave to what the mask allowed: the mean over those that it
     chose. `sampling` is how tokens were chosen. `warning` is for the user: something did not work,
     but the reply is what it would be.
+
+    first_word has the parts of the time before the first word, loading included if this reply
+    loaded the model, in seconds that add up; saving_seconds is what a command waits for after the
+    last one. seconds_to_first_token begins when the prompt is in tokens.
     """
 
     prompt_tokens: int = 0
@@ -32,6 +37,7 @@ class Stats:
     reasoning_tokens: int = 0
     finish_reason: str = "length"
     load_seconds: float = 0.0
+    first_word: dict[str, float] = field(default_factory=dict)
     seconds_to_first_token: float = 0.0
     prompt_tokens_per_second: float = 0.0
     tokens_per_second: float = 0.0
@@ -46,6 +52,7 @@ class Stats:
     constrained_tokens: int = 0
     forced_tokens: int = 0
     mask_seconds: float = 0.0
+    saving_seconds: float = 0.0
     allowed_mass: float = 1.0
     peak_rss_bytes: int = 0
     mapped_rss_bytes: int = 0
@@ -56,13 +63,10 @@ class Stats:
     warning: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            key: round(value, 4) if isinstance(value, float) else value
-            for key, value in asdict(self).items()
-        }
+        return {key: _rounded(value) for key, value in asdict(self).items()}
 
     def summary(self) -> str:
-        """Two lines for people."""
+        """Three lines for people."""
         reused = f", {self.cached_tokens} of them reused" if self.cached_tokens else ""
         hits = "" if self.hit_rate is None else f", {self.hit_rate:.0%} of them cached"
         read = self.expert_bytes - self.mapped_bytes
@@ -75,9 +79,18 @@ class Stats:
             f"({self.finish_reason}), {self.runtime} runtime\n"
             f"{self.expert_bytes / 1e6:,.1f} MB of experts{hits}; {read / 1e6:,.1f} MB read at "
             f"{self.gigabytes_per_second:.2f} GB/s; I/O {self.io_seconds:.2f} s, read-back "
-            f"{self.readback_seconds:.2f} s, compute "
-            f"{self.compute_seconds:.2f} s; peak memory {self.peak_rss_bytes / 1e6:,.0f} MB{shared}"
+            f"{self.readback_seconds:.2f} s, compute {self.compute_seconds:.2f} s; peak "
+            f"memory {self.peak_rss_bytes / 1e6:,.0f} MB{shared}\n"
+            f"first word after {sum(self.first_word.values()):.2f} s: "
+            + ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.first_word.items())
+            + f"; saving the prompt, after the last: {self.saving_seconds:.2f}"
         )
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
 
 
 class StopWatch:
@@ -85,6 +98,7 @@ class StopWatch:
 
     def __init__(self, streamer: Streamer, stats: Stats) -> None:
         self.stats = stats
+        self.stats.first_word = take()
         self._streamer = streamer
         self._start = time.perf_counter()
         self._first: float | None = None
@@ -97,6 +111,10 @@ class StopWatch:
         self.stats.generated_tokens += 1
         if self._first is None:
             self._first = time.perf_counter()
+            waited, spent = self._first - self._start, take()
+            spent["prompt"] = waited - sum(spent.values())
+            for name, seconds in spent.items():
+                self.stats.first_word[name] = self.stats.first_word.get(name, 0.0) + seconds
 
     def stop(self) -> None:
         now, stats, counters = time.perf_counter(), self.stats, self._streamer.reader.counters

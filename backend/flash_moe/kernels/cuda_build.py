@@ -90,13 +90,16 @@ class CudaKernel:
 OPERATIONS_A_HAND_OVER = 4
 
 
-def settle_mlx() -> None:
-    """Before MLX compiles or computes anything. A user's own settings stay. What MLX compiles runs
-    on one kind of GPU, and it would load it on any."""
+def settle_mlx() -> bool:
+    """Before MLX compiles or computes anything; whether something that it compiled is kept already.
+    A user's own settings stay. What MLX compiles runs on one kind of GPU, and it would load it on
+    any."""
     if folder := cache_folder():
         kept = folder / f"mlx-{version('mlx')}-{_architecture()}"
         os.environ.setdefault("MLX_PTX_CACHE_DIR", str(kept))
     os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", str(OPERATIONS_A_HAND_OVER))
+    kept_in = os.environ.get("MLX_PTX_CACHE_DIR")
+    return kept_in is not None and Path(kept_in).is_dir() and any(Path(kept_in).iterdir())
 
 
 def _architecture() -> str:

@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 
 from flash_moe.callbacks import Notice, no_notice
+from flash_moe.clock import part
 from flash_moe.errors import NativeUnavailable
 
 
@@ -70,6 +71,7 @@ def find_compiler() -> str | None:
     return None
 
 
+@part("kernels")
 def build(library: Library, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """From the cache or compiled."""
     compiler = find_compiler()

@@ -18,7 +18,7 @@ import mlx.core as mx
 import flash_moe
 from flash_moe.format.manifest import MANIFEST
 from flash_moe.kernels import shaders
-from flash_moe.machine import inspect_machine
+from flash_moe.machine import cpu_name
 from flash_moe.model.load import StreamedModel
 
 # Bytes hashed at each end of a weight file. Times and sizes alone are not enough: files from an
@@ -75,7 +75,7 @@ def _sample(path: Path) -> str:
 
 def _machine() -> list[str]:
     """Libraries choose their arithmetic to suit the processor."""
-    return [platform.system(), platform.machine(), inspect_machine().cpu, str(mx.default_device())]
+    return [platform.system(), platform.machine(), cpu_name(), str(mx.default_device())]
 
 
 def _environment() -> list[str]:
