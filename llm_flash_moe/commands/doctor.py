@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 RUNTIMES = {
     "metal": "our own kernels on the GPU of this Mac",
     "cuda": "our own kernels on the NVIDIA GPU",
-    "native": "our own kernels in C, compiled for this CPU",
+    "native": "our own kernels in C for this CPU",
     "mlx": "MLX's own operations, on the CPU",
     None: "nothing can: models do not run",
 }
@@ -69,7 +69,7 @@ def doctor(name: str | None, as_json: bool) -> None:
 
 def _rows(diagnosis: Diagnosis) -> dict[str, list[str]]:
     """A row's title, and its lines."""
-    machine, native, gpu = diagnosis.machine, diagnosis.native, diagnosis.device == "GPU"
+    machine, gpu = diagnosis.machine, diagnosis.device == "GPU"
     runtime, backend = diagnosis.runtime, diagnosis.backends.active
     why = diagnosis.why if gpu or not runtime else f"MLX has no GPU here; {diagnosis.why}"
     mlx = f"{diagnosis.mlx}, on the {diagnosis.device}" + (f" ({backend})" if backend else "")
@@ -88,13 +88,21 @@ def _rows(diagnosis: Diagnosis) -> dict[str, list[str]]:
         "MLX": [mlx],
         "Reading": [READERS.get(diagnosis.reader, "")],
         "CPU": [f"{machine.cpu}, {machine.cores} cores"],
-        "Kernels": [f"compiled once, cached in {native.file}"] if native and native.kept else [],
+        "Kernels": _kernels(diagnosis),
         "Memory": [memory],
     }
     if not runtime:
         for title in ("Faster", "Results", "MLX", "Reading"):
             del rows[title]
     return rows
+
+
+def _kernels(diagnosis: Diagnosis) -> list[str]:
+    native = diagnosis.native
+    if native is None or not native.kept:
+        return []
+    origin = "compiled once, cached in" if native.compiler else "they came with the package:"
+    return [f"{origin} {native.file}"]
 
 
 def _layers(layers: Mapping[str, str | None], runtime: str | None) -> list[str]:

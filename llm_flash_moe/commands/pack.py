@@ -80,6 +80,13 @@ def pack(
             planes=planes,
             calibration=calibrate.expanduser() if calibrate else None,
         )
+        if seconds := job.slow_seconds():
+            click.echo(
+                f"Warning: There is no C compiler, so MLX fits the experts: about "
+                f"{_duration(seconds)}. With one, it is much faster. On Debian: apt install gcc; "
+                "on macOS: xcode-select --install",
+                err=True,
+            )
         if job.calibration_tokens:
             with item_bar("Calibrating (tokens)", job.calibration_tokens) as progress:
                 job = job.calibrate(progress)
@@ -92,6 +99,10 @@ def pack(
         click.echo(_quantized(job))
     click.echo(description)
     click.echo(f'Ready: llm -m {name} "your prompt"')
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(seconds / 60, 1):.0f} min"
 
 
 def _calibrated(job: PackJob) -> str:

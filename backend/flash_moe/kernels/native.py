@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,17 +15,9 @@ import numpy as np
 from flash_moe.kernels.spec import F32, SLOT_MASK, U32, U64, ExpertSpec, part_addresses
 from flash_moe.kernels.structs import Resident, spec_struct
 from flash_moe.native.arguments import require, require_array
-from flash_moe.native.build import Library, build
+from flash_moe.native.build import build
+from flash_moe.native.libraries import KERNELS
 
-SOURCES = (".c", "_attention.h", "_delta.h", "_product.h", "_simd.h")
-KERNELS = Library(
-    "native",
-    "the native kernels",
-    (
-        *(Path(__file__).with_name(f"native{source}") for source in SOURCES),
-        Path(__file__).parents[1] / "native" / "pool.h",
-    ),
-)
 MOST_THREADS = 256
 # The columns of a head: a multiple of two vectors of any processor, and as many as there is room.
 HEAD_STEP, WIDEST_HEAD = 32, 256
@@ -205,7 +196,8 @@ def _rows_together(name: str, array: F32, shape: tuple[int, ...]) -> F32:
 
 @cache
 def load_native(extra_flags: tuple[str, ...] = ()) -> Native:
-    """Compiled on the first use on a machine, some seconds long. Raises NativeUnavailable."""
+    """Where the package has none, compiled on the first use on a machine, some seconds long. Raises
+    NativeUnavailable."""
     return Native(build(KERNELS, extra_flags))
 
 

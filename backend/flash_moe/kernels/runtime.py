@@ -2,10 +2,10 @@
 
 metal   our kernels on Apple's GPU
 cuda    the same kernels on NVIDIA's
-native  our kernel in C on the CPU, compiled on this machine
+native  our kernel in C on the CPU, from the package or compiled on this machine
 mlx     MLX's own operations: if asked for; on a CPU bit-identical to mlx-lm with all in memory
 
-The first three differ from it by rounding only, and keep more digits. A CPU without a C compiler
+The first three differ from it by rounding only, and keep more digits. A CPU without either
 gets `mlx` without asking, and then computes 16-bit weights in float32.
 """
 
@@ -18,6 +18,7 @@ import mlx.core as mx
 from flash_moe.errors import NativeUnavailable, OptionError
 from flash_moe.kernels.native import load_native
 from flash_moe.native.build import find_compiler
+from flash_moe.native.shipped import is_shipped
 from flash_moe.options import RUNTIMES, RuntimeName
 
 
@@ -65,5 +66,6 @@ def _best() -> Runtime:
         # MLX's CPU back end takes 9 times as long for bfloat16 as for float32 (24 against 2.7 ms
         # for 1024 × 4096 at 2 bits), and 45 times for float16.
         return Runtime("mlx", "no native kernel could be compiled", str(error), widen=True)
-    why = f"{native.simd} kernel, {native.threads} threads, compiled by {find_compiler()}"
+    origin = "of the package" if is_shipped(native.file) else f"compiled by {find_compiler()}"
+    why = f"{native.simd} kernel, {native.threads} threads, {origin}"
     return Runtime("native", why, widen=True)

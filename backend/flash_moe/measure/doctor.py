@@ -26,7 +26,8 @@ MOVE_CACHE = (
 
 @dataclass(frozen=True, slots=True)
 class NativeKernel:
-    """`kept`: whether the file is in the cache, where the next start looks for it."""
+    """`compiler`: None where the file came with the package. `kept`: whether the next start finds
+    it where it is."""
 
     simd: str
     threads: int
@@ -110,12 +111,13 @@ def _diagnose() -> Diagnosis:
 def _native() -> NativeKernel:
     from flash_moe.kernels.native import load_native
     from flash_moe.native.build import cache_folder, find_compiler
+    from flash_moe.native.shipped import is_shipped
 
     native = load_native()
-    file = str(native.file)
-    folder = cache_folder()
-    kept = folder is not None and file.startswith(f"{folder}/")
-    return NativeKernel(native.simd, native.threads, find_compiler(), file, kept)
+    file, folder, shipped = str(native.file), cache_folder(), is_shipped(native.file)
+    kept = shipped or (folder is not None and file.startswith(f"{folder}/"))
+    compiler = None if shipped else find_compiler()
+    return NativeKernel(native.simd, native.threads, compiler, file, kept)
 
 
 def _reader() -> tuple[str, str | None]:

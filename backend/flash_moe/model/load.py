@@ -42,6 +42,7 @@ from flash_moe.model.install import (
 )
 from flash_moe.model.proof import explain, prove
 from flash_moe.model.wired import wire
+from flash_moe.native.build import first_time
 from flash_moe.options import Settings
 from flash_moe.stream.bank import Bank
 from flash_moe.stream.choice import ExpertChoice
@@ -52,8 +53,8 @@ from flash_moe.stream.store import ExpertStore
 from flash_moe.stream.streamed import StreamedLayer, StreamedSwitch, Streamer
 from flash_moe.upstream import Replacement
 
-# Resident weights are evaluated this much at a time, so that progress moves. In steps of 64 MiB they
-# take a tenth longer from the page cache.
+# Resident weights are evaluated this much at a time, so that progress moves. In steps of 64 MiB
+# they take a tenth longer from the page cache.
 LOAD_STEP_BYTES = 256 << 20
 
 
@@ -185,7 +186,7 @@ def load(
         count_words(skeleton.model),
         time.perf_counter() - start,
         operations,
-        explain(failed),
+        explain(failed) or _slow(runtime),
         compiles,
         unwire,
     )
@@ -231,6 +232,13 @@ def _choice(model: nn.Module, plan: Plan, settings: Settings) -> ExpertChoice:
         settings.cache_tolerance or 0.0,
         Precision(full, full_in),
     )
+
+
+def _slow(runtime: Runtime) -> str | None:
+    """Said once: everything works, and some want no compiler."""
+    if runtime.name != "mlx" or not runtime.faster or not first_time("no-native-kernels"):
+        return None
+    return f"MLX computes the experts, 13 to 22 times slower than native kernels. {runtime.faster}"
 
 
 def _refuse_unknown(name: str, value: float | None, plan: Plan) -> None:

@@ -1,4 +1,5 @@
-"""Turns C sources into a library for this very processor, once: later starts take it from a cache.
+"""Loads libraries in C: those that came with the package, else compiled for this very processor,
+once; later starts take that from a cache.
 
 A cached file is named after what went in (source, compiler, flags, processor) and what came out, so
 a file of another machine is never loaded and a damaged one is built again.
@@ -18,36 +19,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from flash_moe.callbacks import Notice, no_notice
 from flash_moe.clock import part
 from flash_moe.errors import NativeUnavailable
+from flash_moe.native import shipped
+from flash_moe.native.libraries import FLAGS, Library
 
-
-@dataclass(frozen=True, slots=True)
-class Library:
-    """The first source is compiled and includes the others. `name` is that of the cached file,
-    `title` what messages call it."""
-
-    name: str
-    title: str
-    sources: tuple[Path, ...]
-
-
-# No contraction: the compiler would fuse a product and a sum in one place and not in another, and
-# results would depend on the batch. errno of expf is of no use and keeps it out of line.
-FLAGS = (
-    "-std=gnu11",
-    "-O3",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fPIC",
-    "-shared",
-    "-pthread",
-)
 COMPILE_SECONDS = 300
 
 _notice: ContextVar[Notice] = ContextVar("notice", default=no_notice)
@@ -73,14 +53,16 @@ def find_compiler() -> str | None:
 
 @part("kernels")
 def build(library: Library, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """From the cache or compiled."""
+    """As shipped, from the cache, or compiled."""
+    if not extra_flags and (ready := shipped.load(library)):
+        return ready
     compiler = find_compiler()
     if compiler is None:
         raise NativeUnavailable(
             "No C compiler was found. On Debian: apt install gcc; on macOS: xcode-select --install"
         )
     try:
-        source = b"".join(path.read_bytes() for path in library.sources)
+        source = library.source()
     except OSError as error:
         raise NativeUnavailable(
             f"The source of {library.title} cannot be read: {error}. Install again."
@@ -183,6 +165,19 @@ def cache_folder() -> Path | None:
             return folder
     except (OSError, RuntimeError):  # RuntimeError: no home
         return None
+
+
+def first_time(what: str) -> bool:
+    """Whether this was never asked before on this machine, as far as that can be remembered."""
+    folder = cache_folder()
+    try:
+        if folder is not None:
+            (folder / f"told-{what}").touch(mode=0o600, exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _is_ours(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,7 @@ from flash_moe.pack.requantize import Quantize, fit_in_mlx, fit_native
 from flash_moe.pack.transform import CALIBRATED, Arrays, Importance, TransformCost
 
 GROUP_SIZE = 64
+TRIED_WEIGHTS = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,25 @@ class FewerBits:
                 Remedy.PACK_WITHOUT_BITS,
             )
         return Requantized(self.bits, self.group_size, self.how, source)
+
+    def slow_seconds(self, layers: dict[str, tuple[Layout, int]]) -> float | None:
+        """How long the fit in MLX takes for all experts of some layers, tried on a few rows; None
+        where the fit in C is used."""
+        if self.quantize is not fit_in_mlx:
+            return None
+        weights, columns = 0, self.group_size
+        for path, (layout, experts) in layers.items():
+            for name, old in layout.quantization:
+                if self.changes(old):
+                    parts = {part.param: part for part in layout.parts if part.projection == name}
+                    rows, columns, _ = _matrix(parts, old, path)
+                    weights += experts * rows * columns
+        rows = max(1, TRIED_WEIGHTS // columns)
+        sample = mx.random.normal((rows, columns), key=mx.random.key(0))
+        for _ in range(2):  # MLX compiles at the first
+            start = time.perf_counter()
+            mx.eval(fit_in_mlx({"weight": sample}, None, self.bits, self.group_size, None))
+        return (time.perf_counter() - start) * weights / sample.size
 
     def _requantized_parts(
         self, parts: dict[str, Part], old: Quantization | None, path: str

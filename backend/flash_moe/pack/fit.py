@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ import numpy.typing as npt
 from flash_moe.format.dtypes import BY_NAME
 from flash_moe.kernels.spec import F32, SCALE_TYPES, U32
 from flash_moe.native.arguments import require, require_array
-from flash_moe.native.build import Library, build
+from flash_moe.native.build import build
+from flash_moe.native.libraries import FIT
 from flash_moe.options import PACK_BITS, PACK_GROUP_SIZES
 from flash_moe.pack.cuts import table
 
@@ -37,12 +37,6 @@ CODE_BINS = 16
 VALUE_BINS = {2: 24, 3: 64, 4: 64}
 # About 1 ms: threads end together, and the interpreter has little to do.
 PIECE = 4096
-
-LIBRARY = Library(
-    "fit",
-    "the quantizer",
-    tuple(Path(__file__).with_name(name) for name in ("fit.c", "fit_numbers.h")),
-)
 
 
 class NotFinite(ValueError):
@@ -181,8 +175,9 @@ class Fit:
 
 @cache
 def load_fit(extra_flags: tuple[str, ...] = ()) -> Fit:
-    """Compiled at the first use on a machine, which takes seconds. Raises NativeUnavailable."""
-    return Fit(build(LIBRARY, extra_flags))
+    """Where the package has none, compiled at the first use on a machine. Raises
+    NativeUnavailable."""
+    return Fit(build(FIT, extra_flags))
 
 
 def _scale_type(scales: Scales) -> str:

@@ -20,7 +20,7 @@ from flash_moe.errors import CheckpointError, NotContiguous, OptionError, Remedy
 from flash_moe.format.atomic import sync, write_json
 from flash_moe.format.manifest import MANIFEST, Manifest
 from flash_moe.pack.calibrate import Calibration, read_calibration
-from flash_moe.pack.fewer_bits import fewer_bits
+from flash_moe.pack.fewer_bits import FewerBits, fewer_bits
 from flash_moe.pack.files import FileWriter, packed_layout
 from flash_moe.pack.importance import ColumnImportance
 from flash_moe.pack.transform import ExpertTransform, TransformCost
@@ -104,6 +104,19 @@ class PackJob:
         """What transforming the experts took, after `write`; None where they are left as they
         are."""
         return None if self.transform is None else self.transform.cost
+
+    def slow_seconds(self) -> float | None:
+        """How long it takes to give the experts fewer bits, where that is slow: without a compiler
+        and without the library that comes with the package. Tried for a moment."""
+        if not isinstance(self.transform, FewerBits):
+            return None
+        skeleton = self.skeleton
+        return self.transform.slow_seconds(
+            {
+                path: (skeleton.layout(path), skeleton.expert_count(path))
+                for path in skeleton.switches
+            }
+        )
 
     def calibrate(self, progress: Advance = no_advance) -> Self:
         """This job, with errors weighed by what the model computes when it reads the text."""

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from flash_moe.kernels.spec import U64
-from flash_moe.native.build import Library, build
+from flash_moe.native.build import build
+from flash_moe.native.libraries import READER
 from flash_moe.stream.store import Pieces
-
-LIBRARY = Library(
-    "reading",
-    "the reader",
-    (
-        *(Path(__file__).with_name(name) for name in ("reading.c", "mapping.h")),
-        Path(__file__).parents[1] / "native" / "pool.h",
-    ),
-)
 
 
 class NativeReader:
@@ -61,5 +52,6 @@ class NativeReader:
 
 @cache
 def load_native_reader() -> NativeReader:
-    """Compiled on the first use on a machine, a second long. Raises NativeUnavailable."""
-    return NativeReader(build(LIBRARY))
+    """Where the package has none, compiled on the first use on a machine, a second long. Raises
+    NativeUnavailable."""
+    return NativeReader(build(READER))
