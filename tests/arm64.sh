@@ -22,7 +22,7 @@ if [ ! -e "$folder/ready" ]; then
         for deb in *.deb; do dpkg -x "$deb" ../root; done
     )
     python3 -m venv "$folder/pip"
-    "$folder/pip/bin/pip" -q wheel --no-deps -w "$folder" "$here"
+    FLASH_MOE_PURE=1 "$folder/pip/bin/pip" -q wheel --no-deps -w "$folder" "$here"
     platforms=$(printf -- '--platform manylinux_2_%s_aarch64 ' 35 34 31 28 27 17)
     # shellcheck disable=SC2086
     "$folder/pip/bin/pip" -q install --target "$folder/site" --only-binary=:all: $platforms \
