@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flash_moe.pack.fewer_bits import fewer_bits
+from flash_moe.pack.job import PackJob
 from tests.architectures import random_model, write_checkpoint
 from tests.plugin.terminal import fails, llm, works
 
@@ -52,6 +53,22 @@ def test_options_that_contradict_each_other(demo_folder: Path, tmp_path: Path) -
     assert "--calibrate goes with --" in refused.stderr
     write_checkpoint(*random_model("qwen3_moe", bits=8, group_size=32), tmp_path / "eight")
     assert "eave out --planes" in fails("flash-moe", "pack", tmp_path / "eight", "--planes")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(20.0, "about 1 min."), (1800.0, "about 30 min."), (9000.0, "2.5 hours.")]
+)
+def test_a_slow_pack_says_so_before_it_begins(
+    demo_folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, told: str
+) -> None:
+    begun = []
+    monkeypatch.setattr(PackJob, "slow_seconds", lambda job: seconds)
+    monkeypatch.setattr(PackJob, "write", lambda job, progress: begun.append(1) or 1 / 0)
+    refused = llm("flash-moe", "pack", demo_folder, "--bits", 2)
+    assert isinstance(refused.exception, ZeroDivisionError)
+    assert refused.stderr.startswith("Warning: There is no C compiler, so MLX fits the experts: ")
+    assert told in refused.stderr
+    assert begun
 
 
 def test_a_calibrated_pack_says_so(demo_folder: Path, tmp_path: Path) -> None:

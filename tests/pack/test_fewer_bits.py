@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -267,6 +269,25 @@ def test_a_transform_is_identified_by_what_it_does() -> None:
     assert fewer_bits(2).to_json() == own
     assert fewer_bits(2, 64, "digest").to_json() == {**own, "calibration": "digest"}
     assert fewer_bits(2, load=unavailable).to_json() == {**own, "method": "fit in MLX"}
+
+
+def test_how_long_it_takes_is_told_where_it_is_slow(
+    demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In proportion to the weights that change: with a clock that moves by one at every look, a
+    try takes one second."""
+    skeleton = open_skeleton(open_folder(demo_folder))
+    layers = {path: (skeleton.layout(path), 8) for path in skeleton.switches}
+    slow = fewer_bits(2, load=unavailable)
+    assert fitted().slow_seconds(layers) is None
+    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)
+    seconds = slow.slow_seconds(layers)
+    monkeypatch.undo()
+    # Of 3 matrices of 128 x 256 for 8 experts in 4 layers, in tries of 2^19.
+    assert seconds == pytest.approx(3 * 128 * 256 * 8 * 4 / (1 << 19))
+    one = dict([next(iter(layers.items()))])
+    assert (slow.slow_seconds(one) or 0) > 0
+    assert fewer_bits(4, load=unavailable).slow_seconds(layers) == 0
 
 
 def test_matrices_with_few_bits_are_left_alone(demo_folder: Path) -> None:
