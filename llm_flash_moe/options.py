@@ -9,6 +9,7 @@ import llm
 from pydantic import Field, ValidationInfo, create_model, field_validator
 
 from flash_moe import Request, Settings, options
+from llm_flash_moe.durations import parse_duration
 
 
 class EngineOptions(llm.Options):
@@ -23,6 +24,8 @@ class EngineOptions(llm.Options):
             if problem := options.OPTIONS[name].problem(parsed):
                 raise ValueError(problem)
             return parsed if isinstance(parsed, list) else value
+        if value is not None and name == "keep_alive":
+            parse_duration(value)
         return value
 
     def settings(self, experts: int | None = None) -> Settings:
@@ -50,11 +53,21 @@ def _field(option: options.UserOption) -> tuple[Any, Any]:
 
 
 _STATS = (bool | None, Field(None, description="Print statistics to stderr after the reply"))
-_FIELDS = {name: _field(option) for name, option in options.OPTIONS.items()} | {"stats": _STATS}
+_KEEP_ALIVE = (
+    str | int | float | None,
+    Field(
+        None,
+        description="Keep the model in memory after the reply, for later commands: 10m, 1h30m, 90 "
+        "(seconds), -1 for ever; 0 frees it (not at all)",
+    ),
+)
+_FIELDS = {name: _field(option) for name, option in options.OPTIONS.items()}
+_FIELDS |= {"keep_alive": _KEEP_ALIVE, "stats": _STATS}
 
 if TYPE_CHECKING:
 
     class ModelOptions(EngineOptions):
+        keep_alive: str | float | None
         stats: bool | None
 
 else:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from flash_moe import clock, errors, options
 
 if TYPE_CHECKING:
+    from flash_moe import hold
     from flash_moe.built_in import BUILT_IN
-    from flash_moe.chat.events import Event
+    from flash_moe.chat.event import Event
     from flash_moe.engine import Engine, Reply
     from flash_moe.evaluation.evaluation import Evaluation
     from flash_moe.format.atomic import write_json
@@ -52,6 +53,7 @@ __all__ = [
     "Settings",
     "SynthJob",
     "errors",
+    "hold",
     "options",
     "write_json",
 ]
@@ -63,7 +65,7 @@ _HOMES = {
     "Diagnosis": "measure.doctor",
     "Engine": "engine",
     "Evaluation": "evaluation.evaluation",
-    "Event": "chat.events",
+    "Event": "chat.event",
     "InferenceThread": "thread",
     "PackJob": "pack.job",
     "PrefixSettings": "prefix.store",
@@ -77,6 +79,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "hold":
+        return import_module("flash_moe.hold")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with clock.part("imports"):

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from flash_moe.callbacks import Notice, Progress, no_notice, no_progress
-from flash_moe.chat.events import Event, Markers, Splitter
+from flash_moe.chat.event import Event
+from flash_moe.chat.events import Markers, Splitter
 from flash_moe.chat.makers import completed, makers_sampling, without_effect
 from flash_moe.chat.stops import StopScanner
 from flash_moe.chat.template import with_schema

@@ -7,6 +7,7 @@ FlashMoeError
 ├── ReadFailed           the disk did not deliver an expert
 ├── NoSpace              the disk is too small, noticed before writing
 ├── NativeUnavailable    a C library could not be compiled
+├── HolderGone           a process that held a model ended, or does not answer
 └── OptionError          a setting outside its range, or one that this model does not have
 
 Messages speak of files and of the engine's own arguments. Where one command or option of a front
@@ -73,6 +74,10 @@ class NoSpace(FlashMoeError):
 
 
 class NativeUnavailable(FlashMoeError):
+    pass
+
+
+class HolderGone(FlashMoeError):
     pass
 
 

@@ -36,9 +36,13 @@ class Nvidia:
 
 
 def inspect_machine() -> Machine:
-    memory, available = memory_bytes(), _available()
-    cache = None if available is None else min(memory, available)
-    return Machine(cpu_name(), usable_cores(), memory, cache)
+    return Machine(cpu_name(), usable_cores(), memory_bytes(), available_bytes())
+
+
+def available_bytes() -> int | None:
+    """The memory that this process could use now: free, or page cache; None if nobody says."""
+    available = _available()
+    return None if available is None else min(memory_bytes(), available)
 
 
 def memory_bytes() -> int:

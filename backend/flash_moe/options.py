@@ -231,6 +231,11 @@ class Settings:
     def __post_init__(self) -> None:
         check(self)
 
+    def given(self) -> str:
+        """The options that are set, for people: `experts 4, runtime mlx`."""
+        values = {name: getattr(self, name) for name in user_options(Settings)}
+        return ", ".join(f"{name} {_shown(v)}" for name, v in values.items() if v is not None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request(Sampling):

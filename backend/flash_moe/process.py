@@ -1,10 +1,11 @@
-"""What the operating system counts of this process: bytes fetched from disks, and peak memory."""
+"""What the operating system counts of a process: bytes fetched from disks, and memory."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import resource
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -33,6 +34,19 @@ def peak_memory() -> int:
         if peaks:
             return int(peaks[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def resident_memory(pid: int) -> int | None:
+    """What a process has in memory now, in bytes; None if it is gone."""
+    try:
+        if sys.platform == "linux":
+            pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+            return int(pages) * os.sysconf("SC_PAGE_SIZE")
+        command = ["/bin/ps", "-o", "rss=", "-p", str(pid)]
+        kilobytes = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return int(kilobytes) * 1024
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
+        return None
 
 
 @cache

@@ -1,5 +1,5 @@
 """The loaded engine, which every model object of the process shares: llm makes new ones all the
-time, and one model fills the memory."""
+time, and one model fills the memory. A model that another process holds is used there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import click
 
-from flash_moe import InferenceThread, Settings
+from flash_moe import InferenceThread, Settings, errors, hold
 from llm_flash_moe import paths
 from llm_flash_moe.answering.turnstile import Turnstile
 from llm_flash_moe.progress import StatusLine
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Cancelled = Callable[[], bool]
-Work = Callable[["Engine", Cancelled], Iterator[T]]
+Work = Callable[["Engine | hold.HeldModel", Cancelled], Iterator[T]]
 
 
 class Key(NamedTuple):
@@ -29,6 +29,17 @@ class Key(NamedTuple):
 
     folder: Path
     settings: Settings
+
+    @property
+    def loading(self) -> hold.Loading:
+        return hold.Loading(self.folder, self.settings, paths.prompts())
+
+
+class Keep(NamedTuple):
+    """How long the model stays in memory after the reply, in a process under this name."""
+
+    name: str
+    seconds: float
 
 
 _turnstile: Turnstile[Key] = Turnstile()
@@ -43,24 +54,58 @@ def _close() -> None:
 _thread = InferenceThread(at_end=_close)
 
 
-def replies(key: Key, work: Work[T]) -> Iterator[T]:
-    """Do the work with an engine, loaded if it is not yet."""
+def replies(key: Key, work: Work[T], keep: Keep | None = None) -> Iterator[T]:
+    """Do the work with an engine: one that is held, or loaded if it is not yet."""
     waiting = StatusLine("waiting for a reply of another model")
     with _turnstile.passing(key, lambda: waiting.update(0, 1)) as reader:
         waiting.clear()
-        with closing(_thread.iterate(lambda cancelled: work(_engine(key), cancelled))) as steps:
+        with closing(_thread.iterate(lambda gone: _work(key, work, keep, gone))) as steps:
             for item in steps:
                 with reader.idle():
                     yield item
 
 
-async def areplies(key: Key, work: Work[T]) -> AsyncGenerator[T, None]:
+async def areplies(key: Key, work: Work[T], keep: Keep | None = None) -> AsyncGenerator[T, None]:
     async with _turnstile.apassing(key) as reader:
-        steps = _thread.aiterate(lambda cancelled: work(_engine(key), cancelled))
+        steps = _thread.aiterate(lambda gone: _work(key, work, keep, gone))
         async with aclosing(steps):
             async for item in steps:
                 with reader.idle():
                     yield item
+
+
+def _work(key: Key, work: Work[T], keep: Keep | None, cancelled: Cancelled) -> Iterator[T]:
+    """In the inference thread. A process that ends before its first word is not missed: the model
+    is then loaded here."""
+    loading = StatusLine("loading", " bytes")
+    if held := _held(key, keep, hold.News(loading.update, loading.say)):
+        begun = False
+        try:
+            with closing(held):
+                for item in work(held, cancelled):
+                    loading.clear()
+                    begun = True
+                    yield item
+            if held.warning:
+                warn(held.warning)
+            return
+        except errors.HolderGone:
+            if begun:
+                raise
+        finally:
+            loading.clear()
+    yield from work(_engine(key), cancelled)
+
+
+def _held(key: Key, keep: Keep | None, news: hold.News) -> hold.HeldModel | None:
+    if not (keep and keep.seconds):
+        return None if key in _loaded else hold.find(key.loading, keep and keep.seconds, news)
+    _close()
+    try:
+        return hold.start(key.loading, keep.name, keep.seconds, news)
+    except (errors.HolderGone, OSError) as error:
+        warn(f"{keep.name} does not stay in memory. {error}")
+        return None
 
 
 def _engine(key: Key) -> Engine:
@@ -69,6 +114,7 @@ def _engine(key: Key) -> Engine:
         from flash_moe import Engine, PrefixSettings
 
         _close()
+        hold.make_room_for(key.loading)
         loading = StatusLine("loading", " bytes")
         try:
             prefix = PrefixSettings(folder=paths.prompts())

@@ -65,7 +65,7 @@ class FlashMoE(_Shared, llm.Model):
             # A response that nobody reads any more must be free to go, and this frame with it.
             del response
             try:
-                for event in replies(turn.key, turn.work(interrupted)):
+                for event in replies(turn.key, turn.work(interrupted), turn.keep):
                     yield from turn.to_stream_events(event)
             finally:
                 turn.finish()
@@ -86,7 +86,7 @@ class AsyncFlashMoE(_Shared, llm.AsyncModel):
             turn = self._turn(prompt, response)
             del response
             try:
-                async with aclosing(areplies(turn.key, turn.work())) as events:
+                async with aclosing(areplies(turn.key, turn.work(), turn.keep)) as events:
                     async for event in events:
                         for stream_event in turn.to_stream_events(event):
                             yield stream_event

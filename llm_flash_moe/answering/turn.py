@@ -16,14 +16,15 @@ import llm
 from llm.parts import StreamEvent
 
 from flash_moe import Request
-from llm_flash_moe.answering.engines import Key, Work, warn
+from llm_flash_moe.answering.engines import Keep, Key, Work, warn
 from llm_flash_moe.answering.messages import schema_of, to_chat, to_tools
+from llm_flash_moe.durations import parse_duration
 from llm_flash_moe.options import ModelOptions
 from llm_flash_moe.progress import StatusLine
 from llm_flash_moe.registry import Entry, folder_of
 
 if TYPE_CHECKING:
-    from flash_moe import Engine, Event, Reply
+    from flash_moe import Engine, Event, Reply, hold
 
 
 def _command_of_llm() -> dict[str, Any] | None:
@@ -75,12 +76,16 @@ class Turn:
         )
         self._response = weakref.ref(response)
         self._call_ids: dict[int, str] = {}
-        self._engine: Engine | None = None
-        self._reply: Reply | None = None
+        self._engine: Engine | hold.HeldModel | None = None
+        self._reply: Reply | hold.HeldReply | None = None
         self.key = Key(folder_of(name, entry), self._options.settings(entry.experts))
+        asked = self._options.keep_alive
+        self.keep = None if asked is None else Keep(name, parse_duration(asked))
 
     def work(self, interrupted: Callable[[], bool] = lambda: False) -> Work[Event]:
-        def events(engine: Engine, cancelled: Callable[[], bool]) -> Iterator[Event]:
+        def events(
+            engine: Engine | hold.HeldModel, cancelled: Callable[[], bool]
+        ) -> Iterator[Event]:
             request = replace(self._request, cancelled=lambda: cancelled() or interrupted())
             self._engine = engine
             self._reply = engine.reply(request)

@@ -10,10 +10,13 @@ from llm_flash_moe.commands.cache import cache
 from llm_flash_moe.commands.doctor import doctor
 from llm_flash_moe.commands.evaluate import evaluate
 from llm_flash_moe.commands.info import info
+from llm_flash_moe.commands.keep import keep
 from llm_flash_moe.commands.models import models
 from llm_flash_moe.commands.pack import pack
 from llm_flash_moe.commands.path import path
+from llm_flash_moe.commands.ps import ps
 from llm_flash_moe.commands.remove import remove
+from llm_flash_moe.commands.stop import stop
 from llm_flash_moe.commands.synth import synth
 
 
@@ -22,5 +25,9 @@ def flash_moe() -> None:
     """Run Mixture-of-Experts models that are bigger than memory."""
 
 
-for command in (add, bench, cache, doctor, evaluate, info, models, pack, path, remove, synth):
-    flash_moe.add_command(command)
+for group in (
+    (add, bench, cache, doctor, evaluate, info, keep, models),
+    (pack, path, ps, remove, stop, synth),
+):
+    for command in group:
+        flash_moe.add_command(command)

@@ -18,9 +18,10 @@ from llm_flash_moe.registry import Registry
 def remove(name: str, yes: bool) -> None:
     """Remove a model from the list, and its saved prompts.
 
-    Its files are deleted only if llm flash-moe wrote them into llm's own folder.
+    Its memory is freed, if it is kept there. Its files are deleted only if llm flash-moe wrote them
+    into llm's own folder.
     """
-    from flash_moe import PromptFolder
+    from flash_moe import PromptFolder, hold
 
     with as_click_errors():
         registry = Registry.of_user()
@@ -28,6 +29,9 @@ def remove(name: str, yes: bool) -> None:
         ours = entry.managed and Path(entry.path).is_dir()
         if ours and not yes:
             click.confirm(f"Delete {entry.path} as well?", abort=True)
+        for holder in hold.holders():
+            if holder.holds(Path(entry.path)):
+                hold.stop(holder)
         if ours:
             # Before the entry goes: what a failure leaves can be removed again.
             shutil.rmtree(entry.path)

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.tool_parsers import json_tools, qwen3_coder
 
-from flash_moe.chat.events import Event, Markers, Splitter
+from flash_moe.chat.event import Event
+from flash_moe.chat.events import Markers, Splitter
 from flash_moe.chat.tool_calls import ToolFormat
 
 THOUGHT = ("<think>", "</think>")

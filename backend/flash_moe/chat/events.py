@@ -11,22 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from flash_moe.chat.event import Event
 from flash_moe.chat.stops import overlap
-from flash_moe.chat.tool_calls import Call, ToolFormat
+from flash_moe.chat.tool_calls import ToolFormat
 
 # A function's name, as soon as it is certain, while the call itself is still incomplete.
 EARLY_NAME = re.compile(r'\s*(?:<function=([^>\s]+)>|\{\s*"name"\s*:\s*"([^"\\]+)")')
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Text and reasoning come in pieces. A call comes twice: by name as soon as that is known, and
-    with its arguments once it is complete; `index` numbers the calls of a reply."""
-
-    kind: Literal["text", "reasoning", "call_name", "call"]
-    text: str = ""
-    index: int = 0
-    call: Call | None = None
 
 
 @dataclass(frozen=True, slots=True)

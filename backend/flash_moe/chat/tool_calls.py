@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flash_moe.chat.event import Call
 from flash_moe.chat.tokenizer import ChatTokenizer
 from flash_moe.chat.tool_parameters import plain_tools
 from flash_moe.errors import CheckpointError
 from flash_moe.format.json_files import read_json_if_present
 from flash_moe.upstream import tool_parser, tool_parser_name
-
-Call = dict[str, Any]
 
 # Parsers that tell text from JSON by the declared type, and know only plain types.
 PLAIN_TYPES_ONLY = ("qwen3_coder",)

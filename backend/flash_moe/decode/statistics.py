@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flash_moe.clock import take
 from flash_moe.process import bytes_from_disk, peak_memory
-from flash_moe.stream.streamed import Streamer
+
+if TYPE_CHECKING:
+    from flash_moe.stream.streamed import Streamer
 
 
 @dataclass(slots=True)

@@ -10,7 +10,8 @@ import json
 from collections import Counter
 from typing import Any
 
-from flash_moe.chat.tool_calls import Call, ToolFormat, is_call
+from flash_moe.chat.event import Call
+from flash_moe.chat.tool_calls import ToolFormat, is_call
 from flash_moe.errors import OptionError
 from flash_moe.evaluation.json_schema import canonical, check_schema, same, valid
 
