@@ -31,7 +31,7 @@ from flash_moe.options import Request
 from flash_moe.thread import InferenceThread
 
 if TYPE_CHECKING:
-    from flash_moe import Engine
+    from flash_moe.engine import Engine
 
 # How often it looks whether its socket is still there.
 LOOK_SECONDS = 5.0
@@ -137,7 +137,8 @@ class HolderProcess:
     async def _load(self) -> None:
         def load(cancelled: Cancelled) -> Iterator[None]:
             # After the greeting: these take a second, or many after a start of the machine.
-            from flash_moe import Engine, PrefixSettings
+            from flash_moe.engine import Engine
+            from flash_moe.prefix.store import PrefixSettings
 
             make_room_for(self._loading, self._place.key)
             self._engine = Engine.load(
