@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,6 +18,7 @@ import mlx.core as mx
 import pytest
 from hypothesis import settings
 
+from flash_moe import hold
 from flash_moe.synth.model import Shape, synthesize
 
 # The time that an example takes depends on how busy the machine is.
@@ -43,6 +46,31 @@ def llm_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "llm-home"
     monkeypatch.setenv("LLM_USER_PATH", str(home))
     return home
+
+
+@pytest.fixture(autouse=True)
+def runtime_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where sockets are: not the user's own, short enough for one, and empty at the end."""
+    with runtime() as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+        yield folder
+
+
+@contextmanager
+def runtime() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="fm-", dir="/tmp"))
+    try:
+        yield folder
+    finally:
+        stop_all(folder)
+        shutil.rmtree(folder)
+
+
+def stop_all(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(folder))
+        for holder in hold.holders():
+            hold.stop(holder)
 
 
 @pytest.fixture(scope="session")

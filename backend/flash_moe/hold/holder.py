@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from flash_moe.engine import Engine
 
 # How often it looks whether its socket is still there.
-LOOK_SECONDS = 5.0
+LOOK_SECONDS = 2.0
 # How long a step that is being computed may take when the process is to end.
 END_SECONDS = 3.0
 # Whoever started it has this long to hear that the model cannot be loaded.
-FAILED_SECONDS = 5.0
+FAILED_SECONDS = 2.0
 
 
 def main(what: str, lock: str, listener: str) -> None:
@@ -55,7 +55,7 @@ def main(what: str, lock: str, listener: str) -> None:
         process = HolderProcess(place, identity, loading, value["name"], float(value["seconds"]))
         complete = asyncio.run(process.run(socket.socket(fileno=int(listener))))
     # The lock is free when the process is gone, and its memory with it.
-    place.clear()
+    place.clear(int(lock))
     if not complete:
         os._exit(0)
 
@@ -74,7 +74,7 @@ class HolderProcess:
         self._since = self._used = time.time()
         self._sessions: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
-        self._told = False
+        self._told = self._failed = False
         self._engine: Engine | None = None
         self._loaded: asyncio.Task[None] | None = None
 
@@ -93,7 +93,8 @@ class HolderProcess:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), self._pause())
         # From here on nobody finds it; who waits for an answer sees the end of the connection.
-        self._place.socket.unlink(missing_ok=True)
+        if self._is_there(mine):
+            self._place.socket.unlink(missing_ok=True)
         server.close()
         for session in self._sessions:
             session.cancel()
@@ -155,7 +156,7 @@ class HolderProcess:
                 async for _ in steps:
                     pass
         except Exception:
-            self._seconds = FAILED_SECONDS
+            self._failed = True
             raise
         finally:
             self.news = None
@@ -177,17 +178,24 @@ class HolderProcess:
             self._end()
 
     def _is_over(self, mine: os.stat_result) -> bool:
-        try:
-            if self._told or not os.path.samestat(mine, self._place.socket.lstat()):
-                return True
-        except OSError:
+        if self._told or not self._is_there(mine):
             return True
         if self._sessions or self._loaded is None or not self._loaded.done():
             return False
-        return time.time() >= self._used + self._seconds
+        return time.time() >= self._until()
+
+    def _until(self) -> float:
+        return self._used + (FAILED_SECONDS if self._failed else self._seconds)
+
+    def _is_there(self, mine: os.stat_result) -> bool:
+        """The socket, and not another in its place."""
+        try:
+            return os.path.samestat(mine, self._place.socket.lstat())
+        except OSError:
+            return False
 
     def _pause(self) -> float:
-        left = LOOK_SECONDS if self._sessions else self._used + self._seconds - time.time()
+        left = LOOK_SECONDS if self._sessions else self._until() - time.time()
         return min(LOOK_SECONDS, max(0.01, left))
 
     def _record(self) -> Holder:
@@ -201,7 +209,7 @@ class HolderProcess:
             version=flash_moe.__version__,
             since=self._since,
             used=self._used,
-            until=None if math.isinf(self._seconds) else self._used + self._seconds,
+            until=None if math.isinf(self._until()) else self._until(),
             answering=len(self._sessions),
         )
 

@@ -34,7 +34,7 @@ def launch(place: Place, lock: int, loading: Loading, name: str, seconds: float)
         place.record.unlink(missing_ok=True)
         _run(place, lock, listener.fileno(), loading, name, seconds)
     except (OSError, subprocess.SubprocessError) as error:
-        place.clear()
+        place.clear(lock)
         raise HolderGone(
             f"A process that holds the model could not be started: {error}."
         ) from error

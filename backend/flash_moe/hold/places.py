@@ -97,17 +97,19 @@ class Place:
                 pass
             os.close(lock)
 
-    def clear(self) -> None:
-        """For whoever has the lock."""
-        for path in (self.socket, self.record, self.lock):
-            path.unlink(missing_ok=True)
+    def clear(self, lock: int) -> None:
+        """For whoever has the lock, unless somebody removed it: another may be here by now."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), self.lock.stat()):
+                for path in (self.socket, self.record, self.lock):
+                    path.unlink(missing_ok=True)
 
     def sweep(self) -> bool:
         """Remove what a process left that was killed. Whether nobody is there."""
         if (lock := self.take()) is None:
             return not self.lock.exists()
         try:
-            self.clear()
+            self.clear(lock)
         finally:
             os.close(lock)
         return True
