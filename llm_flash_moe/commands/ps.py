@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     *(("model", False), ("memory", True), ("since", False), ("until", False)),
-    *(("options", False), ("process", True)),
+    ("options", False),
 )
 
 
@@ -47,9 +47,8 @@ def ps(as_json: bool) -> None:
 
 def _row(holder: hold.Holder) -> tuple[str, ...]:
     nbytes = holder.resident_bytes
-    since = datetime.fromtimestamp(holder.since).strftime("%Y-%m-%d %H:%M")
     memory = "?" if nbytes is None else size(nbytes)
-    return (holder.name, memory, since, _until(holder), holder.settings, str(holder.pid))
+    return (holder.name, memory, _moment(holder.since), _until(holder), holder.settings)
 
 
 def _until(holder: hold.Holder) -> str:
@@ -58,4 +57,11 @@ def _until(holder: hold.Holder) -> str:
     if holder.until is None:
         return "stopped"
     left = max(0.0, holder.until - time.time())
-    return f"{datetime.fromtimestamp(holder.until):%H:%M} (in {in_words(left)})"
+    return f"{_moment(holder.until)} (in {in_words(left)})"
+
+
+def _moment(seconds: float) -> str:
+    """With its day, unless that is today."""
+    moment = datetime.fromtimestamp(seconds)
+    today = moment.date() == datetime.now().date()
+    return f"{moment:%H:%M}" if today else f"{moment:%Y-%m-%d %H:%M}"

@@ -146,6 +146,7 @@ def test_what_a_killed_process_left_is_removed(place: Place) -> None:
     assert not any(place.folder.iterdir())
     place.lock.touch(0o600)
     place.write(HOLDER)
+    place.draft.write_text("half of a rec")
     assert holders() == []
     assert not any(place.folder.iterdir())
 

@@ -88,8 +88,9 @@ class HolderProcess:
         server = await asyncio.start_unix_server(self._serve, sock=listener)
         self._loaded = asyncio.create_task(self._load())
         while not self._is_over(mine):
-            self._place.write(self._record())
             self._changed.clear()
+            with suppress(OSError):  # no room on the disk: replies need none
+                self._place.write(self._record())
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), self._pause())
         # From here on nobody finds it; who waits for an answer sees the end of the connection.

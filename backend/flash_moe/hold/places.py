@@ -77,6 +77,11 @@ class Place:
     def record(self) -> Path:
         return self.folder / f"{self.key}.json"
 
+    @property
+    def draft(self) -> Path:
+        """Of the record."""
+        return self.folder / f"{self.key}.tmp"
+
     def take(self, create: bool = False) -> int | None:
         """The lock, as a file that is open; None if a process has it, or nothing is there."""
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
@@ -101,7 +106,7 @@ class Place:
         """For whoever has the lock, unless somebody removed it: another may be here by now."""
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock), self.lock.stat()):
-                for path in (self.socket, self.record, self.lock):
+                for path in (self.socket, self.record, self.draft, self.lock):
                     path.unlink(missing_ok=True)
 
     def sweep(self) -> bool:
@@ -116,9 +121,8 @@ class Place:
 
     def write(self, holder: Holder) -> None:
         """Readers meet the old record or the new one. It need not outlive a crash of the system."""
-        temporary = self.record.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(holder)), "utf-8")
-        temporary.replace(self.record)
+        self.draft.write_text(json.dumps(asdict(holder)), "utf-8")
+        self.draft.replace(self.record)
 
     def read(self) -> Holder | None:
         try:
