@@ -28,7 +28,7 @@ COLUMNS = (
 @click.command()
 @AS_JSON
 def ps(as_json: bool) -> None:
-    """Show which models are kept in memory, since when, until when, and how much they take.
+    """Show which models are kept in memory, until when, and how much they take.
 
     Memory is what the process has in all, pages of the system's cache that it uses included.
     """
