@@ -4,7 +4,7 @@ time, and one model fills the memory. A model that another process holds is used
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import aclosing, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Cancelled = Callable[[], bool]
-Work = Callable[["Engine | hold.HeldModel", Cancelled], Iterator[T]]
+Work = Callable[["Engine | hold.HeldModel", Cancelled], Generator[T, None, None]]
 
 
 class Key(NamedTuple):
@@ -44,6 +44,8 @@ class Keep(NamedTuple):
 
 _turnstile: Turnstile[Key] = Turnstile()
 _loaded: dict[Key, Engine] = {}
+# Replies that a loaded engine is making: until they are over, it must not go.
+_made_here: set[object] = set()
 
 
 def _close() -> None:
@@ -81,8 +83,8 @@ def _work(key: Key, work: Work[T], keep: Keep | None, cancelled: Cancelled) -> I
     if held := _held(key, keep, hold.News(loading.update, loading.say)):
         begun = False
         try:
-            with closing(held):
-                for item in work(held, cancelled):
+            with closing(held), closing(work(held, cancelled)) as items:
+                for item in items:
                     loading.clear()
                     begun = True
                     yield item
@@ -94,12 +96,19 @@ def _work(key: Key, work: Work[T], keep: Keep | None, cancelled: Cancelled) -> I
                 raise
         finally:
             loading.clear()
-    yield from work(_engine(key), cancelled)
+    engine, reply = _engine(key), object()
+    _made_here.add(reply)
+    try:
+        yield from work(engine, cancelled)
+    finally:
+        _made_here.discard(reply)
 
 
 def _held(key: Key, keep: Keep | None, news: hold.News) -> hold.HeldModel | None:
     if not (keep and keep.seconds):
         return None if key in _loaded else hold.find(key.loading, keep and keep.seconds, news)
+    if _made_here:
+        return None
     _close()
     try:
         return hold.start(key.loading, keep.name, keep.seconds, news)

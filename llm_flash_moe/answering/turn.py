@@ -7,7 +7,7 @@ import gc
 import json
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -85,7 +85,7 @@ class Turn:
     def work(self, interrupted: Callable[[], bool] = lambda: False) -> Work[Event]:
         def events(
             engine: Engine | hold.HeldModel, cancelled: Callable[[], bool]
-        ) -> Iterator[Event]:
+        ) -> Generator[Event, None, None]:
             request = replace(self._request, cancelled=lambda: cancelled() or interrupted())
             self._engine = engine
             self._reply = engine.reply(request)

@@ -126,7 +126,7 @@ def test_a_signal_ends_it_and_half_a_reply_is_an_error(loading: Loading, number:
         events = model.reply(long()).events()
         assert next(events)
         os.kill(holder.pid, number)
-        with pytest.raises(HolderGone, match="ended in the middle of the reply"):
+        with pytest.raises(HolderGone, match="ended before its answer did"):
             list(events)
     eventually(lambda: is_gone(holder.pid))
     assert hold.find(loading) is None

@@ -102,7 +102,7 @@ def figures(stats: Stats) -> dict[str, Any]:
 
 
 @given(request=requests)
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_it_is_the_same(kept: tuple[Path, Loading], engine: Engine, request: Request) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(kept[0]))

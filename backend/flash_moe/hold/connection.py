@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import socket
 import time
 from collections.abc import Iterator
@@ -27,8 +26,8 @@ LEAVE_SECONDS = 2.0
 RECEIVE_BYTES = 1 << 16
 
 ENDED = (
-    "The process that held the model ended in the middle of the reply: it was stopped, or the "
-    "system took its memory. Ask again: the model is then loaded anew."
+    "The process that held the model ended before its answer did: it was stopped, or the system "
+    "took its memory. Ask again: the model is then loaded anew."
 )
 SILENT = "The process that holds the model has not answered for a minute. Stop it, and ask again."
 
@@ -49,7 +48,6 @@ class Connection:
         try:
             _connect(peer, place, seconds)
             if is_this_user(peer) and connection._greet(identity, seconds):
-                peer.settimeout(SILENT_SECONDS)
                 return connection
         except ConnectionRefusedError:
             place.sweep()
@@ -64,15 +62,19 @@ class Connection:
         return answer == {"hello": identity}
 
     def send(self, frame: Frame) -> None:
+        self._peer.settimeout(SILENT_SECONDS)
         self._peer.sendall(protocol.pack(frame))
 
     def receive(self, deadline: float, most: int = protocol.MOST_BYTES) -> Frame | None:
         """The next frame; None if it is not whole at the deadline. HolderGone at the end."""
         while (frame := self._frame(most)) is None:
-            left = max(0.0, deadline - time.monotonic())
-            if not select.select([self._peer], [], [], left)[0]:
+            # Never zero, which would be another mode.
+            self._peer.settimeout(max(0.001, deadline - time.monotonic()))
+            try:
+                piece = self._peer.recv(RECEIVE_BYTES)
+            except TimeoutError:
                 return None
-            if not (piece := self._peer.recv(RECEIVE_BYTES)):
+            if not piece:
                 raise HolderGone(ENDED)
             self._received += piece
         return frame

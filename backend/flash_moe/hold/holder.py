@@ -41,8 +41,8 @@ END_SECONDS = 3.0
 FAILED_SECONDS = 2.0
 
 
-def main(what: str, lock: str, listener: str) -> None:
-    for number in (int(lock), int(listener)):
+def main(what: str, lock: int, listener: int) -> None:
+    for number in (lock, listener):
         os.set_inheritable(number, False)
     os.umask(0o077)
     value = json.loads(what)
@@ -53,9 +53,9 @@ def main(what: str, lock: str, listener: str) -> None:
     # Otherwise files or code have changed in this second, and nobody would ever find it.
     if identity.startswith(place.key):
         process = HolderProcess(place, identity, loading, value["name"], float(value["seconds"]))
-        complete = asyncio.run(process.run(socket.socket(fileno=int(listener))))
+        complete = asyncio.run(process.run(socket.socket(fileno=listener)))
     # The lock is free when the process is gone, and its memory with it.
-    place.clear(int(lock))
+    place.clear(lock)
     if not complete:
         os._exit(0)
 

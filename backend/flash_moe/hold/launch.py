@@ -18,6 +18,15 @@ from flash_moe.hold.places import Place
 
 # As many as may ask at once before one is answered; macOS cuts it to 128.
 WAITING = 512
+# -P: nothing is imported from the folder that the user happens to be in. This package may be where
+# only its caller looks, and must hide nothing of Python's own.
+PACKAGES = Path(flash_moe.__file__).parents[1]
+BEGIN = """\
+import sys
+sys.path.append(sys.argv[1])
+from flash_moe.hold.begin import begin
+begin(*sys.argv[2:])
+"""
 # For the first half of the process, which only starts the second.
 FORK_SECONDS = 60
 
@@ -48,16 +57,12 @@ def _run(
 ) -> None:
     what = {"key": place.key, "folder": str(place.folder), "name": name, "seconds": seconds}
     text = json.dumps({**what, "loading": loading.to_json()})
-    # This very package, and nothing from the folder that the user happens to be in.
-    package = str(Path(flash_moe.__file__).parents[1])
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     subprocess.run(
-        [sys.executable, "-P", "-m", "flash_moe.hold", text, str(lock), str(listener)],
+        [sys.executable, "-P", "-c", BEGIN, str(PACKAGES), text, str(lock), str(listener)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd="/",
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         pass_fds=(lock, listener),
         start_new_session=True,
         timeout=FORK_SECONDS,

@@ -19,6 +19,7 @@ from flash_moe import errors
 from flash_moe.chat.event import Event
 from flash_moe.decode.statistics import Stats
 from flash_moe.errors import FlashMoeError, Remedy
+from flash_moe.hold.places import printable
 from flash_moe.options import Request
 
 if TYPE_CHECKING:
@@ -155,7 +156,8 @@ def error_from_json(value: Any) -> FlashMoeError:
                 found = FlashMoeError
             name, path = value.get("remedy"), value.get("path")
             remedy = Remedy[name] if isinstance(name, str) and name in Remedy.__members__ else None
-            return found(text, remedy, Path(path) if isinstance(path, str) else None)
+            shown = "\n".join(map(printable, text.split("\n")))
+            return found(shown, remedy, Path(path) if isinstance(path, str) else None)
     raise Malformed("not an error")
 
 
