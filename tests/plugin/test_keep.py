@@ -32,7 +32,7 @@ def multiply(x: int, y: int) -> int:
     return x * y
 """
 # Time, memory, and what was in a cache.
-MEASURED = re.compile(r"seconds|bytes|hit_rate|cached_tokens|per_second|experts_read")
+MEASURED = re.compile(r"first_word|seconds|bytes|hit_rate|cached_tokens|per_second|experts_read")
 
 
 @pytest.fixture(autouse=True)

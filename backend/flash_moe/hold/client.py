@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from flash_moe import clock
 from flash_moe.chat.event import Event
 from flash_moe.decode.statistics import Stats
 from flash_moe.errors import HolderGone
@@ -106,6 +107,7 @@ class HeldReply:
         self._model = model
         self._answer = answer
         self._logprobs: list[dict[str, Any]] = []
+        self._start = clock.take()
 
     def logprobs(self) -> list[dict[str, Any]]:
         return self._logprobs
@@ -136,6 +138,8 @@ class HeldReply:
                 self._logprobs += frame["logprobs"]
             elif "end" in frame and isinstance(frame["end"], dict):
                 self.stats = protocol.stats_from_json(frame["end"].get("stats"))
+                # The start is this process's; all the rest the other one did.
+                self.stats.first_word = {**self._start, **self.stats.first_word, **self._start}
                 self.complete = frame["end"].get("complete") is True
             else:
                 raise Malformed("not a frame of a reply")

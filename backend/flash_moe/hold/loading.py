@@ -17,8 +17,9 @@ from flash_moe.options import Settings
 PROTOCOL = 1
 MODEL = (".safetensors", ".experts", ".json", ".jinja", ".model", ".txt")
 CODE = (".py", ".c", ".h", ".metal")
-# A folder of compiled kernels; this package sets it, which changes no result.
-WITHOUT_EFFECT = ("MLX_PTX_CACHE_DIR",)
+# Where compiled kernels are, and how many operations a GPU is given at once: no result changes, and
+# this package sets them.
+WITHOUT_EFFECT = ("MLX_PTX_CACHE_DIR", "MLX_MAX_OPS_PER_BUFFER")
 
 
 @dataclass(frozen=True, slots=True)
