@@ -19,6 +19,11 @@ COMMANDS = {
     engine.Remedy.PACK: "Pack it: llm flash-moe pack {path}",
     engine.Remedy.PACK_IN_PLANES: "Pack its 4-bit checkpoint: llm flash-moe pack {path} --planes",
     engine.Remedy.PACK_ELSEWHERE: "Free some space, or give another folder with --to.",
+    engine.Remedy.PULL_AGAIN: "Go on with the same command.",
+    engine.Remedy.REMOVE_UNFINISHED: "That is: --revision, or llm flash-moe remove NAME",
+    engine.Remedy.DOWNLOAD_AND_PACK: (
+        "That is: hf download ORG/NAME --local-dir FOLDER, then llm flash-moe pack FOLDER"
+    ),
     engine.Remedy.PACK_WITHOUT_BITS: "Leave out --bits.",
     engine.Remedy.PACK_WITHOUT_PLANES: "Leave out --planes.",
     engine.Remedy.PACK_WITHOUT_CALIBRATION: "Leave out --calibrate.",
@@ -52,7 +57,16 @@ def as_click_errors() -> Iterator[None]:
 
 
 def message_of(error: engine.FlashMoeError) -> str:
-    if error.remedy is None:
-        return str(error)
-    path = "PATH" if error.path is None else str(error.path)
-    return f"{error} {COMMANDS[error.remedy].format(path=path)}"
+    text = str(error)
+    if error.remedy is not None:
+        path = "PATH" if error.path is None else str(error.path)
+        text += " " + COMMANDS[error.remedy].format(path=path)
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would obey: names and configs come from strangers."""
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
+        for char in text
+    )

@@ -1,10 +1,14 @@
-"""Progress on stderr, and only for a person: pipes and logs get none."""
+"""Progress on stderr, for a person; pipes and logs get lines of what takes hours, and no bars."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+# Between lines of progress in a log.
+LINE_SECONDS = 30
 
 
 @contextmanager
@@ -12,6 +16,32 @@ def byte_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar with GB/s and time left; yields a function that takes the bytes just done."""
     with _bar(title, total, "DownloadColumn", "TransferSpeedColumn") as advance:
         yield advance
+
+
+@contextmanager
+def lines_or_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """The same; and without a terminal a line each half minute, for what takes hours."""
+    if sys.stderr.isatty():
+        with byte_bar(title, total) as advance:
+            yield advance
+        return
+    start = last = time.monotonic()
+    done = 0
+
+    def line(amount: int) -> None:
+        nonlocal last, done
+        done += amount
+        now = time.monotonic()
+        if now - last >= LINE_SECONDS:
+            last, rate = now, done / (now - start)
+            left = (total - done) / rate / 60
+            sys.stderr.write(
+                f"{title}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e6:.0f} MB/s, "
+                f"{left:.0f} minutes left\n"
+            )
+            sys.stderr.flush()
+
+    yield line
 
 
 @contextmanager

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flash_moe import BUILT_IN, write_json
 from llm_flash_moe import paths
 from llm_flash_moe.errors import PluginError
+from llm_flash_moe.known import KNOWN
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
 
@@ -25,6 +26,25 @@ class Entry:
     path: str
     experts: int | None = None
     managed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A pull or a pack that was begun: what it will be, and the command that goes on with it."""
+
+    target: Path
+    command: str
+
+    @property
+    def folder(self) -> Path:
+        return self.target.with_name(self.target.name + ".partial")
+
+
+class _Saved(NamedTuple):
+    """What the file holds."""
+
+    models: dict[str, Entry]
+    unfinished: dict[str, dict[str, str]]
 
 
 BUILT_IN_ENTRIES = {name: Entry(str(path)) for name, path in BUILT_IN.items()}
@@ -49,6 +69,13 @@ class Registry:
     def get(self, name: str) -> Entry:
         entries = self.entries()
         if name not in entries:
+            if (work := self.unfinished().get(name)) is not None:
+                raise PluginError(f"{name} is not finished. Go on with: {work.command}")
+            if name in KNOWN:
+                raise PluginError(
+                    f"{name} has no weights on this machine yet. Get them with: "
+                    f"llm flash-moe pull {name}"
+                )
             known = ", ".join(sorted(entries)) or "none yet"
             raise PluginError(f"There is no model {name!r}. Known: {known}.")
         return entries[name]
@@ -63,17 +90,38 @@ class Registry:
 
     def add(self, name: str, entry: Entry) -> None:
         self.require_free(name)
-        with self._changing() as entries:
-            if name in entries:
+        with self._changing() as saved:
+            if name in saved.models:
                 raise _taken(name)
-            entries[name] = entry
+            saved.models[name] = entry
+            saved.unfinished.pop(name, None)
+
+    def begin(self, name: str, target: Path, command: str) -> None:
+        """Note where something is being written for hours, and the command that goes on with it."""
+        with self._changing() as saved:
+            saved.unfinished[name] = {"path": str(target), "command": command}
+
+    def unfinished(self) -> dict[str, Unfinished]:
+        """What was begun, and is neither a model yet nor gone."""
+        saved = self._saved()
+        begun = {
+            name: Unfinished(Path(value["path"]), value["command"])
+            for name, value in saved.unfinished.items()
+            if name not in saved.models
+        }
+        return {name: work for name, work in begun.items() if work.folder.is_dir()}
+
+    def forget(self, name: str) -> None:
+        """What was unfinished is gone."""
+        with self._changing() as saved:
+            saved.unfinished.pop(name, None)
 
     def remove(self, name: str) -> Entry:
         if name in self.built_in:
             raise PluginError(f"{name} comes with the package and goes only with it.")
         entry = self.get(name)
-        with self._changing() as entries:
-            entries.pop(name, None)
+        with self._changing() as saved:
+            saved.models.pop(name, None)
         return entry
 
     def require_free(self, name: str) -> None:
@@ -92,15 +140,24 @@ class Registry:
             raise _taken(name)
 
     def _added(self) -> dict[str, Entry]:
+        return self._saved().models
+
+    def _saved(self) -> _Saved:
         try:
             raw = self.file.read_bytes()
         except FileNotFoundError:
-            return {}
+            return _Saved({}, {})
         except OSError as error:
             raise PluginError(f"Cannot read {self.file}: {error.strerror}.") from error
         try:
-            models = json.loads(raw)["models"]
-            return {str(name): _entry(value) for name, value in models.items()}
+            value = json.loads(raw)
+            models = {str(name): _entry(entry) for name, entry in value["models"].items()}
+            # Files of older versions have none.
+            unfinished = {
+                str(name): {"path": str(work["path"]), "command": str(work["command"])}
+                for name, work in value.get("unfinished", {}).items()
+            }
+            return _Saved(models, unfinished)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PluginError(
                 f"{self.file} is damaged ({error}). Correct it, or move it away and add your "
@@ -108,16 +165,17 @@ class Registry:
             ) from error
 
     @contextmanager
-    def _changing(self) -> Iterator[dict[str, Entry]]:
+    def _changing(self) -> Iterator[_Saved]:
         """Read, change, write, with other processes locked out in between."""
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.with_suffix(".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                entries = self._added()
-                yield entries
-                models = {name: asdict(entry) for name, entry in sorted(entries.items())}
-                write_json(self.file, {"version": 1, "models": models})
+                saved = self._saved()
+                yield saved
+                models = {name: asdict(entry) for name, entry in sorted(saved.models.items())}
+                begun = {"unfinished": saved.unfinished} if saved.unfinished else {}
+                write_json(self.file, {"version": 1, "models": models, **begun})
         except OSError as error:
             raise PluginError(f"Cannot write {self.file}: {error.strerror}.") from error
 

@@ -36,10 +36,11 @@ FLOORS: list[set[str]] = [
     {"engine", "inspection"},
     {"hold"},
     {"pack", "synth", "evaluation", "measure"},
+    {"pull"},
     {"__init__"},
 ]
 RUN = set().union(*FLOORS[:13])
-PREPARE, JUDGE = {"pack", "synth"}, {"evaluation", "measure"}
+PREPARE, JUDGE = {"pack", "synth", "pull"}, {"evaluation", "measure"}
 # Formats and options are read by those who must start quickly, such as `llm --help`.
 WITHOUT_MLX = (
     *("flash_moe", "flash_moe.options", "flash_moe.machine", "flash_moe.thread"),
@@ -122,7 +123,7 @@ def test_the_door() -> None:
     assert sorted(flash_moe.__all__, key=str.lower) == [
         *("Benchmark", "BUILT_IN", "Checkpoint", "Diagnosis", "Engine", "errors", "Evaluation"),
         *("Event", "hold", "InferenceThread", "options", "PackJob", "PrefixSettings"),
-        *("PromptFolder", "Reply", "Request", "Settings", "SynthJob", "write_json"),
+        *("PromptFolder", "PullJob", "Reply", "Request", "Settings", "SynthJob", "write_json"),
     ]
     for name in flash_moe.__all__:
         assert getattr(flash_moe, name) is not None

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flash_moe.pack.job import PackJob
     from flash_moe.prefix.folder import PromptFolder
     from flash_moe.prefix.store import PrefixSettings
+    from flash_moe.pull.job import PullJob
     from flash_moe.synth.job import SynthJob
     from flash_moe.thread import InferenceThread
 
@@ -48,6 +49,7 @@ __all__ = [
     "PackJob",
     "PrefixSettings",
     "PromptFolder",
+    "PullJob",
     "Reply",
     "Request",
     "Settings",
@@ -70,6 +72,7 @@ _HOMES = {
     "PackJob": "pack.job",
     "PrefixSettings": "prefix.store",
     "PromptFolder": "prefix.folder",
+    "PullJob": "pull.job",
     "Reply": "engine",
     "Request": "options",
     "Settings": "options",

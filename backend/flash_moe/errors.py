@@ -5,7 +5,8 @@ FlashMoeError
 │   └── NotContiguous    sound, but its experts cannot be read where they lie
 ├── UnsupportedModel     an architecture whose experts we cannot stream
 ├── ReadFailed           the disk did not deliver an expert
-├── NoSpace              the disk is too small, noticed before writing
+├── NoSpace              the disk is too small, noticed before writing or while it fills up
+├── FetchFailed          the network or a repository did not deliver
 ├── NativeUnavailable    a C library could not be compiled
 ├── HolderGone           a process that held a model ended, or does not answer
 └── OptionError          a setting outside its range, or one that this model does not have
@@ -27,6 +28,9 @@ class Remedy(Enum):
     PACK = auto()
     PACK_IN_PLANES = auto()
     PACK_ELSEWHERE = auto()
+    PULL_AGAIN = auto()
+    REMOVE_UNFINISHED = auto()
+    DOWNLOAD_AND_PACK = auto()
     PACK_WITHOUT_BITS = auto()
     PACK_WITHOUT_PLANES = auto()
     PACK_WITHOUT_CALIBRATION = auto()
@@ -70,6 +74,10 @@ class ReadFailed(FlashMoeError):
 
 
 class NoSpace(FlashMoeError):
+    pass
+
+
+class FetchFailed(FlashMoeError):
     pass
 
 

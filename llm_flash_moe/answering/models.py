@@ -12,23 +12,21 @@ from llm_flash_moe.answering.engines import areplies, replies, warn
 from llm_flash_moe.answering.interrupt import interruptible
 from llm_flash_moe.answering.turn import Turn
 from llm_flash_moe.errors import PluginError, as_click_errors
+from llm_flash_moe.known import FLAGSHIP
 from llm_flash_moe.options import ModelOptions
 from llm_flash_moe.registry import BUILT_IN_ENTRIES, Entry, Registry
 
-FLAGSHIP = "flash-moe-397b"
-# Disk and memory are what `llm flash-moe info` counts for that checkpoint; the rest is division.
+# Disk and memory are what a plan counts for that checkpoint; the rest is division.
 FLAGSHIP_HELP = f"""\
 {FLAGSHIP} (Qwen3.5-397B-A17B) has no weights on this machine yet. Get them with:
 
-  hf download mlx-community/Qwen3.5-397B-A17B-4bit --local-dir Qwen3.5-397B-A17B-4bit
-  llm flash-moe add Qwen3.5-397B-A17B-4bit --name {FLAGSHIP} --experts 4
+  llm flash-moe pull {FLAGSHIP}
 
-Disk: 223 GB, used where it is downloaded, no second copy. Memory: 6 GB for weights and working
-set; all that is left serves as page cache. Time: the download (40 minutes at 100 MB/s); then each
-token reads up to 1.7 GB of experts. --experts 4 is faster and less exact: without it, a token uses
-the model's own 10 experts and reads 4.2 GB. With 247 GB more, `llm flash-moe pack
-Qwen3.5-397B-A17B-4bit --planes --experts 4` makes a copy of which a token reads 1.2 GB with
--o full_experts 1: the expert with the largest weight at 4 bits and the others at 2."""
+It shows first what that takes, and asks. Of the 223 GB that it fetches (40 minutes at 100 MB/s),
+223 GB stay, 247 GB with --planes, or 126 GB with --bits 2: the smallest, the fastest, and the least
+exact. Memory: 6 GB for weights and working set; all that is
+left serves as page cache. A token uses 4 experts unless --experts 10 asks for all that the model
+was trained with: slower, and exact."""
 
 
 class _Shared:

@@ -15,6 +15,7 @@ from llm_flash_moe.commands.models import models
 from llm_flash_moe.commands.pack import pack
 from llm_flash_moe.commands.path import path
 from llm_flash_moe.commands.ps import ps
+from llm_flash_moe.commands.pull import pull
 from llm_flash_moe.commands.remove import remove
 from llm_flash_moe.commands.stop import stop
 from llm_flash_moe.commands.synth import synth
@@ -25,9 +26,9 @@ def flash_moe() -> None:
     """Run Mixture-of-Experts models that are bigger than memory."""
 
 
-for group in (
-    (add, bench, cache, doctor, evaluate, info, keep, models),
-    (pack, path, ps, remove, stop, synth),
-):
-    for command in group:
-        flash_moe.add_command(command)
+COMMANDS = (
+    *(add, bench, cache, doctor, evaluate, info, keep, models),
+    *(pack, path, ps, pull, remove, stop, synth),
+)
+for command in COMMANDS:
+    flash_moe.add_command(command)

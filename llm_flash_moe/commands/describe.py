@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from llm_flash_moe.errors import printable
 
 if TYPE_CHECKING:
     from flash_moe import Checkpoint
 
+# The engine's Plan, which is not at its door: nobody outside makes one.
+Plan = Any
+
 
 def describe(name: str, checkpoint: Checkpoint, experts: int | None = None) -> str:
-    plan = checkpoint.plan(experts)
+    return describe_plan(name, checkpoint.plan(experts))
+
+
+def describe_plan(name: str, plan: Plan, rate: float | None = None) -> str:
+    """`rate`: bytes a second of the disk that it is on, where that was measured."""
     own = plan.own_experts_per_token
     k = f"{plan.experts_per_token} a token"
     if plan.experts_per_token != own:
@@ -19,15 +28,17 @@ def describe(name: str, checkpoint: Checkpoint, experts: int | None = None) -> s
     if plan.first_plane_bytes is not None:
         changed = f"  {plan.requantized}\n"
         first = f", of which a first plane is {size(plan.first_plane_bytes)}"
-    return (
+    disk = "5 GB/s" if rate is None else f"this disk's {rate / 1e9:.1f} GB/s"
+    text = (
         f"{name}: {plan.architecture}, {plan.bits}, {plan.form}\n"
         f"  experts   {plan.experts} in each of {plan.layers} layers, {k}\n"
         f"{changed}"
         f"  on disk   {size(plan.expert_bytes)} of experts, {size(plan.record_bytes)} each{first}\n"
         f"  in memory {size(plan.resident_bytes)} of weights, {size(plan.bank_bytes)} bank\n"
-        f"  a token   reads up to {size(plan.token_bytes)}: at 5 GB/s and nothing cached "
-        f"{plan.tokens_per_second(5e9):,.1f} tokens/s at most"
+        f"  a token   reads up to {size(plan.token_bytes)}: at {disk} and nothing cached "
+        f"{plan.tokens_per_second(rate or 5e9):,.1f} tokens/s at most"
     )
+    return printable(text)
 
 
 def size(nbytes: int) -> str:

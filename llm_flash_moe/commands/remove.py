@@ -8,15 +8,16 @@ from pathlib import Path
 import click
 
 from llm_flash_moe import paths
+from llm_flash_moe.commands.describe import size
 from llm_flash_moe.errors import as_click_errors
-from llm_flash_moe.registry import Registry
+from llm_flash_moe.registry import Registry, Unfinished
 
 
 @click.command()
 @click.argument("name")
 @click.option("--yes", is_flag=True, help="Do not ask before deleting files")
 def remove(name: str, yes: bool) -> None:
-    """Remove a model from the list, and its saved prompts.
+    """Remove a model from the list, and its saved prompts; or what an unfinished pull left.
 
     Its memory is freed, if it is kept there. Its files are deleted only if llm flash-moe wrote them
     into llm's own folder.
@@ -25,6 +26,9 @@ def remove(name: str, yes: bool) -> None:
 
     with as_click_errors():
         registry = Registry.of_user()
+        if name in (begun := registry.unfinished()):
+            _discard(registry, name, begun[name], yes)
+            return
         entry = registry.get(name)
         ours = entry.managed and Path(entry.path).is_dir()
         if ours and not yes:
@@ -40,3 +44,15 @@ def remove(name: str, yes: bool) -> None:
             PromptFolder(paths.prompts()).clear(entry.path)
     stay = f"; its files stay in {entry.path}" if Path(entry.path).is_dir() else ""
     click.echo(f"Removed {name}{stay}.")
+
+
+def _discard(registry: Registry, name: str, work: Unfinished, yes: bool) -> None:
+    """What a pull or a pack left that was not finished."""
+    from flash_moe import PullJob
+
+    nbytes = size(PullJob.left_by(work.target))
+    if not yes:
+        click.confirm(f"Delete the unfinished {work.folder} ({nbytes})?", abort=True)
+    PullJob.discard(work.target)
+    registry.forget(name)
+    click.echo(f"Removed the unfinished {name}; {nbytes} are free again.")

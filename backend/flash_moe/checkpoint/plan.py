@@ -5,11 +5,13 @@ The floor of a token is the bytes that it must read, over the bandwidth that the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from flash_moe.checkpoint.folder import Folder, experts_per_token
 from flash_moe.checkpoint.skeleton import Skeleton, open_skeleton
+from flash_moe.format.layout import Layout
 from flash_moe.format.manifest import Requantized
 from flash_moe.options import BANK_BYTES
 
@@ -57,18 +59,26 @@ def chosen_experts(folder: Folder, experts: int | None) -> int | None:
     return experts
 
 
-def make_plan(skeleton: Skeleton, bank_bytes: int = BANK_BYTES) -> Plan:
-    """Count what a skeleton holds. Works for checkpoints that must be packed first, too."""
-    layouts = {path: skeleton.layout(path) for path in skeleton.switches}
+def make_plan(
+    skeleton: Skeleton,
+    bank_bytes: int = BANK_BYTES,
+    layouts: Mapping[str, Layout] | None = None,
+    requantized: Requantized | None = None,
+    experts: int | None = None,
+) -> Plan:
+    """Count what a skeleton holds. Works for checkpoints that must be packed first, too; with the
+    `layouts` that they are to be packed in, and K, it is the plan of that pack."""
+    form = skeleton.folder.form if layouts is None else "pack"
+    layouts = layouts or {path: skeleton.layout(path) for path in skeleton.switches}
     counts = {path: skeleton.expert_count(path) for path in skeleton.switches}
     widest = max(layouts.values(), key=lambda layout: layout.nbytes)
     stride = max(layout.stride for layout in layouts.values())
     manifest = skeleton.folder.manifest
-    k = skeleton.experts_per_token
+    k = experts or skeleton.experts_per_token
     slots = bank_slots(stride, k, max(counts.values()), bank_bytes)
     return Plan(
         architecture=skeleton.folder.architecture,
-        form=skeleton.folder.form,
+        form=form,
         layers=len(layouts),
         experts=max(counts.values()),
         experts_per_token=k,
@@ -80,7 +90,7 @@ def make_plan(skeleton: Skeleton, bank_bytes: int = BANK_BYTES) -> Plan:
         bank_slots=slots,
         bank_bytes=slots * stride,
         token_bytes=sum(k * layout.nbytes for layout in layouts.values()),
-        requantized=manifest.requantized if manifest else None,
+        requantized=manifest.requantized if manifest else requantized,
         first_plane_bytes=widest.first_plane_bytes if widest.two_planes else None,
     )
 

@@ -51,6 +51,8 @@ MLX_LM_REFUSALS = (
 )
 
 Provenance = dict[str, Pieces | None]
+# What each of sanitize's outputs is made of.
+Sources = dict[str, frozenset[str]]
 
 
 @dataclass(slots=True)
@@ -62,6 +64,7 @@ class Skeleton:
     config: dict[str, Any]
     switches: dict[str, nn.Module]
     _provenance: Provenance
+    _sources: Sources
 
     @property
     def experts_per_token(self) -> int:
@@ -102,6 +105,14 @@ class Skeleton:
         flat = parameters(self.model)
         return {name: array for name, array in flat.items() if not name.startswith(inside)}
 
+    def resident_sources(self) -> dict[str, frozenset[str]]:
+        """The tensors of the checkpoint that each resident weight is made of; NotContiguous if
+        they cannot be known."""
+        resident = self.resident()
+        if not self._sources:
+            raise self._not_contiguous(next(iter(resident)))
+        return {name: self._sources.get(name, frozenset()) for name in resident}
+
     def _layer_in_place(self, path: str) -> ExpertLayer:
         layout = self.layout(path)
         experts = expert_count(self.switches[path])
@@ -110,21 +121,24 @@ class Skeleton:
             name = f"{path}.{part.name}"
             run = _run(self._provenance.get(name), experts, part.nbytes, part.offset, self.folder)
             if run is None:
-                raise NotContiguous(
-                    f"{self.folder.path}: the experts of this {self.folder.architecture} are "
-                    f"not stored one by one ({name}), so they cannot be streamed in place. "
-                    "Pack the checkpoint first.",
-                    Remedy.PACK,
-                    self.folder.path,
-                )
+                raise self._not_contiguous(name)
             runs.append(run)
         return ExpertLayer(path, experts, layout, tuple(runs))
+
+    def _not_contiguous(self, name: str) -> NotContiguous:
+        return NotContiguous(
+            f"{self.folder.path}: the experts of this {self.folder.architecture} are not stored "
+            f"one by one ({name}), so they cannot be streamed in place. Pack the checkpoint first.",
+            Remedy.PACK,
+            self.folder.path,
+        )
 
 
 def open_skeleton(folder: Folder, experts: int | None = None) -> Skeleton:
     """Build the model of a folder lazily; `experts` is another K than the config's."""
     config = with_experts_per_token(folder.config, experts)
     provenance: Provenance = {}
+    sources: Sources = {}
     switches: dict[str, nn.Module] = {}
 
     def classes(config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], type]:
@@ -135,7 +149,7 @@ def open_skeleton(folder: Folder, experts: int | None = None) -> Skeleton:
             if folder.manifest is not None:
                 _expect_pack(model, folder, switches)
             elif hasattr(model, "sanitize"):
-                _watch_sanitize(model, provenance)
+                _watch_sanitize(model, provenance, sources)
             return model
 
         return build, args_class
@@ -146,10 +160,11 @@ def open_skeleton(folder: Folder, experts: int | None = None) -> Skeleton:
         _require_moe(folder, switches)
         _refuse_whole_experts(folder, model, switches)
         if _renamed_after_sanitize(folder.config):
-            provenance = {}
+            provenance, sources = {}, {}
         elif not provenance:
             provenance = _as_named(folder.tensors)
-    return Skeleton(folder, model, config, switches, provenance)
+            sources = {name: frozenset((name,)) for name in folder.tensors}
+    return Skeleton(folder, model, config, switches, provenance, sources)
 
 
 def _load_lazily(
@@ -170,11 +185,11 @@ def _first_line(error: Exception) -> str:
     return text if isinstance(error, ValueError) else f"{type(error).__name__} {text}"
 
 
-def _watch_sanitize(model: nn.Module, provenance: Provenance) -> None:
+def _watch_sanitize(model: nn.Module, provenance: Provenance, sources: Sources) -> None:
     sanitize = model.sanitize
 
     def watched(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        traced = trace(sanitize, weights)
+        traced = trace(sanitize, weights, sources)
         sanitized: dict[str, mx.array] = sanitize(weights)
         # A `sanitize` that looks at values cannot be traced at all: no output has a place then.
         provenance.update({name: traced.get(name) for name in sanitized})

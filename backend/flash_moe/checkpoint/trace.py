@@ -56,9 +56,14 @@ Pieces = tuple[View, ...]
 
 
 def trace(
-    sanitize: Callable[[Weights], Weights], weights: Mapping[str, mx.array]
+    sanitize: Callable[[Weights], Weights],
+    weights: Mapping[str, mx.array],
+    sources: dict[str, frozenset[str]] | None = None,
 ) -> dict[str, Pieces | None]:
-    """Where every array that `sanitize` returns lies in `weights`; None where it is computed."""
+    """Where every array that `sanitize` returns lies in `weights`; None where it is computed.
+
+    `sources` is filled with the names that each is made of, computed or not; not at all if they
+    cannot be known."""
     names = list(weights)
     inputs = [mx.zeros(weights[name].shape, weights[name].dtype) for name in names]
     outputs: list[str] = []
@@ -78,6 +83,11 @@ def trace(
     graph = _Graph(names)
     for node in nodes:
         graph.add(node)
+    if sources is not None:
+        sources |= {
+            name: graph.sources.get(key, frozenset())
+            for name, key in zip(outputs, graph.outputs, strict=True)
+        }
     return {name: graph.values.get(key) for name, key in zip(outputs, graph.outputs, strict=True)}
 
 
@@ -85,19 +95,23 @@ class _Graph:
     def __init__(self, names: list[str]) -> None:
         self.names = names
         self.values: dict[str, Pieces | None] = {}
+        self.sources: dict[str, frozenset[str]] = {}
         self.outputs: list[str] = []
 
     def add(self, node: dict[str, Any]) -> None:
         if node["type"] == "inputs":
             for name, (key, shape, dtype) in zip(self.names, node["inputs"], strict=True):
                 self.values[key] = (entire(name, tuple(shape), dtype.size),)
+                self.sources[key] = frozenset((name,))
         elif node["type"] == "outputs":
             self.outputs = [key for key, *_ in node["outputs"]]
         elif node["type"] == "primitive":
             inputs = [self.values.get(key) for key, *_ in node["inputs"]]
             results = _apply(node, inputs)
+            sources = [self.sources.get(key, frozenset()) for key, *_ in node["inputs"]]
             for (key, *_), value in zip(node["outputs"], results, strict=True):
                 self.values[key] = value
+                self.sources[key] = frozenset().union(*sources)
 
 
 def _apply(node: dict[str, Any], inputs: list[Pieces | None]) -> list[Pieces | None]:

@@ -65,6 +65,13 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_bytes(text.encode("utf-8", "surrogatepass"))
 
 
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """All of it: one call may write less."""
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
 def sync(path: Path) -> None:
     """fsync a file or a folder."""
     fd = os.open(path, os.O_RDONLY)

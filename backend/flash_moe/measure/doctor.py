@@ -71,6 +71,13 @@ class Diagnosis:
 
         return measure_disk(path, experts)
 
+    @staticmethod
+    def place(folder: Path, record_bytes: int) -> float | None:
+        """Bytes a second that the disk of a folder gives for records of such a size."""
+        from flash_moe.measure.disk import measure_place
+
+        return measure_place(folder, record_bytes)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import mlx.core as mx
 from flash_moe.callbacks import Advance
 from flash_moe.checkpoint.skeleton import Skeleton
 from flash_moe.format.atomic import replacing, write_json
-from flash_moe.format.json_files import read_json
+from flash_moe.format.json_files import read_json, read_json_if_present
 from flash_moe.format.layout import Layout
 from flash_moe.format.manifest import MANIFEST, FileEntry, PackedLayer, is_file_name
 from flash_moe.pack.records import release_arrays, write_records
@@ -23,13 +23,32 @@ from flash_moe.pack.transform import ExpertTransform
 from flash_moe.pack.workspace import PACK
 from flash_moe.upstream import encoded_config
 
-# Resident tensors are evaluated and written a shard at a time.
-SHARD_BYTES = 1 << 30
+# Resident tensors are evaluated and written a shard at a time. A pull has them twice meanwhile.
+SHARD_BYTES = 1 << 28
 # What the tokenizer and the template need; weights and their index are written anew.
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 NOT_COPIED = {"config.json", "model.safetensors.index.json", MANIFEST}
 
 Entries = dict[str, FileEntry]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlace:
+    """Where the records of a layer are made, and what says that they are all there."""
+
+    workspace: Path
+    number: int
+
+    @property
+    def file(self) -> Path:
+        return self.workspace / PACK / f"layer_{self.number:03}.experts"
+
+    @property
+    def done(self) -> Path:
+        return self.workspace / f"layer_{self.number:03}.json"
+
+    def is_done(self, size: int) -> bool:
+        return self.done.exists() and self.file.exists() and self.file.stat().st_size == size
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +59,8 @@ class FileWriter:
     skeleton: Skeleton
     transform: ExpertTransform | None
     progress: Advance
+    # Told the names of resident weights when they are in the pack for good.
+    kept: Callable[[list[str]], None] = lambda names: None
 
     @property
     def pack(self) -> Path:
@@ -49,12 +70,12 @@ class FileWriter:
         """The experts of one switch layer."""
         layout = packed_layout(self.skeleton, path, self.transform)
         experts = self.skeleton.expert_count(path)
-        file, size = f"layer_{number:03}.experts", experts * layout.stride
-        done = self.workspace / f"layer_{number:03}.json"
-        if done.exists() and _has_size(self.pack / file, size):
+        place, size = LayerPlace(self.workspace, number), experts * layout.stride
+        file, done = place.file.name, place.done
+        if place.is_done(size):
             self.progress(size)
         else:
-            with replacing(self.pack / file) as temporary:
+            with replacing(place.file) as temporary:
                 checksums = write_records(
                     temporary, self.skeleton, path, self.transform, self.progress
                 )
@@ -69,13 +90,15 @@ class FileWriter:
         """All weights that are no expert's."""
         arrays = self.skeleton.resident()
         entries = {}
-        for number, names in enumerate(_shards(arrays), 1):
+        for number, names in enumerate(resident_shards(arrays), 1):
             stem = f"model-{number:05}"
             path, done = self.pack / f"{stem}.safetensors", self.workspace / f"{stem}.json"
-            if not (done.exists() and path.exists()):
+            # Shards of packs that an older version began have no names, and were larger.
+            if not (path.exists() and read_json_if_present(done).get("tensors") == names):
                 with replacing(path) as temporary:
                     mx.save_safetensors(str(temporary), {name: arrays[name] for name in names})
-                write_json(done, {"sha256": _sha256(path)})
+                write_json(done, {"sha256": _sha256(path), "tensors": names})
+            self.kept(names)
             self.progress(sum(arrays[name].nbytes for name in names))
             entries[path.name] = FileEntry(path.stat().st_size, read_json(done)["sha256"])
         return entries
@@ -104,16 +127,13 @@ def packed_layout(skeleton: Skeleton, path: str, transform: ExpertTransform | No
     return layout if transform is None else transform.layout(layout, path)
 
 
-def _has_size(file: Path, size: int) -> bool:
-    return file.exists() and file.stat().st_size == size
-
-
 def _is_copied(source: Path) -> bool:
     """Except what a manifest refuses to list, such as the `._config.json` that macOS leaves."""
     return source.name not in NOT_COPIED and is_file_name(source.name) and source.is_file()
 
 
-def _shards(arrays: dict[str, mx.array]) -> Iterator[list[str]]:
+def resident_shards(arrays: dict[str, mx.array]) -> Iterator[list[str]]:
+    """Their names, file by file."""
     names: list[str] = []
     size = 0
     for name in sorted(arrays):

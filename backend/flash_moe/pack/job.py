@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from flash_moe.callbacks import Advance, no_advance
 from flash_moe.checkpoint.folder import open_folder, with_experts_per_token
+from flash_moe.checkpoint.plan import Plan, make_plan
 from flash_moe.checkpoint.skeleton import Skeleton, open_skeleton
 from flash_moe.errors import CheckpointError, NotContiguous, OptionError, Remedy
 from flash_moe.format.atomic import sync, write_json
@@ -25,7 +26,7 @@ from flash_moe.pack.files import FileWriter, packed_layout
 from flash_moe.pack.importance import ColumnImportance
 from flash_moe.pack.transform import ExpertTransform, TransformCost
 from flash_moe.pack.two_planes import TwoPlanes
-from flash_moe.pack.workspace import PACK, identity_of, open_workspace, require_absent
+from flash_moe.pack.workspace import identity_of, open_workspace, require_absent
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class PackJob:
             transform = TwoPlanes(digest)
         elif bits is not None:
             transform = fewer_bits(bits, group_size, digest)
-        return cls(skeleton, target, experts, transform, text)._checked()
+        return cls(skeleton, target, experts, transform, text).checked()
 
     @classmethod
     def with_transform(
@@ -78,7 +79,7 @@ class PackJob:
     ) -> Self:
         """The same for any transform: to measure others than those that `plan` offers."""
         skeleton = _open(source, target, None)
-        return cls(skeleton, target, None, transform, calibration)._checked()
+        return cls(skeleton, target, None, transform, calibration).checked()
 
     @property
     def nbytes(self) -> int:
@@ -89,6 +90,18 @@ class PackJob:
             for path in skeleton.switches
         )
         return experts + sum(array.nbytes for array in skeleton.resident().values())
+
+    def as_planned(self) -> Plan:
+        """What the pack will need, with the K that was chosen for it."""
+        skeleton, transform = self.skeleton, self.transform
+        sources = [skeleton.layout(path) for path in skeleton.switches]
+        layouts = {path: packed_layout(skeleton, path, transform) for path in skeleton.switches}
+        return make_plan(
+            skeleton,
+            layouts=layouts,
+            requantized=transform.summary(sources) if transform else None,
+            experts=self.experts_per_token,
+        )
 
     @property
     def calibration_tokens(self) -> int:
@@ -134,14 +147,18 @@ class PackJob:
             return calibrated.write(progress)
         identity = identity_of(self.skeleton.folder, self.transform)
         with open_workspace(self.target, self.nbytes, identity) as workspace:
-            (workspace / PACK).mkdir(exist_ok=True)
             writer = FileWriter(workspace, self.skeleton, self.transform, progress)
-            manifest = self._write_files(writer)
-            write_json(writer.pack / MANIFEST, manifest.to_json())
-            writer.remove_strays({*manifest.files, MANIFEST})
-            writer.pack.rename(self.target)
-            sync(self.target.parent)
-            shutil.rmtree(workspace)
+            return self.finish(writer)
+
+    def finish(self, writer: FileWriter) -> Manifest:
+        """Write what is not in an open workspace yet, and make the pack of it."""
+        writer.pack.mkdir(exist_ok=True)
+        manifest = self._write_files(writer)
+        write_json(writer.pack / MANIFEST, manifest.to_json())
+        writer.remove_strays({*manifest.files, MANIFEST})
+        writer.pack.rename(self.target)
+        sync(self.target.parent)
+        shutil.rmtree(writer.workspace)
         return manifest
 
     def _write_files(self, writer: FileWriter) -> Manifest:
@@ -161,7 +178,8 @@ class PackJob:
             requantized=transform.summary(layouts.values()) if transform else None,
         )
 
-    def _checked(self) -> Self:
+    def checked(self) -> Self:
+        """OptionError, if its transform does not go with its experts."""
         if self.transform is not None:
             layouts = {path: self.skeleton.layout(path) for path in self.skeleton.switches}
             for path, layout in layouts.items():

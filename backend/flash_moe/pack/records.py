@@ -19,6 +19,7 @@ from flash_moe.callbacks import Advance
 from flash_moe.checkpoint.locations import ExpertLayer
 from flash_moe.checkpoint.skeleton import Skeleton
 from flash_moe.errors import NotContiguous
+from flash_moe.format.atomic import write_at
 from flash_moe.format.layout import Layout, Part
 from flash_moe.pack.transform import Arrays, ExpertTransform
 from flash_moe.stream.reader import Reader
@@ -90,26 +91,38 @@ def compute_records(file: Path, skeleton: Skeleton, path: str, progress: Advance
                 out.seek(expert * layout.stride + part.offset)
                 out.write(data[expert * part.nbytes : (expert + 1) * part.nbytes])
             progress(part.nbytes * experts)
-    return _read_back(file, layout)
+    return read_back(file, layout)
 
 
 def transform_records(
     file: Path, skeleton: Skeleton, path: str, transform: ExpertTransform, progress: Advance
 ) -> Checksums:
     """Records whose weights are transformed, one projection of one expert at a time."""
-    source = skeleton.layout(path)
-    layout, experts = transform.layout(source, path), skeleton.expert_count(path)
-    offsets = {part.name: part.offset for part in layout.parts}
-    quantization = dict(source.quantization)
+    records = TransformedRecords(skeleton.layout(path), path, transform)
     with file.open("wb") as out:
-        out.truncate(experts * layout.stride)
+        out.truncate(skeleton.expert_count(path) * records.layout.stride)
         for expert, name, arrays in _projections(skeleton, path):
-            results = transform.apply(arrays, quantization[name], path, name, expert)
-            for param, array in results.items():
-                out.seek(expert * layout.stride + offsets[f"{name}.{param}"])
-                out.write(_bytes_of(array))
-            progress(sum(array.nbytes for array in results.values()))
-    return _read_back(file, layout)
+            progress(records.write(out.fileno(), expert, name, arrays))
+    return read_back(file, records.layout)
+
+
+class TransformedRecords:
+    """The records of one layer, filled a projection of an expert at a time, in any order."""
+
+    def __init__(self, source: Layout, path: str, transform: ExpertTransform) -> None:
+        self.layout = transform.layout(source, path)
+        self._path, self._transform = path, transform
+        self._offsets = {part.name: part.offset for part in self.layout.parts}
+        self._quantization = dict(source.quantization)
+
+    def write(self, fd: int, expert: int, name: str, arrays: Arrays) -> int:
+        """Transform and write; returns how many bytes it became."""
+        quantization = self._quantization[name]
+        results = self._transform.apply(arrays, quantization, self._path, name, expert)
+        for param, array in results.items():
+            at = expert * self.layout.stride + self._offsets[f"{name}.{param}"]
+            write_at(fd, _bytes_of(array), at)
+        return sum(array.nbytes for array in results.values())
 
 
 def release_arrays(projection: nn.Module) -> None:
@@ -133,7 +146,11 @@ def _projections(skeleton: Skeleton, path: str) -> Iterator[tuple[int, str, Arra
             reader.read(store.pieces(0, [expert]), buffer)
             for name, _ in layer.layout.quantization:
                 parts = [part for part in layer.layout.parts if part.projection == name]
-                yield expert, name, {part.param: _array(buffer, part) for part in parts}
+                yield (
+                    expert,
+                    name,
+                    {part.param: array_of(buffer[part.offset :], part) for part in parts},
+                )
 
 
 def _computed_projections(skeleton: Skeleton, path: str) -> Iterator[tuple[int, str, Arrays]]:
@@ -159,9 +176,9 @@ def _arrays_of(projection: nn.Module) -> Arrays:
     return {param: array for param, array in projection.items() if isinstance(array, mx.array)}
 
 
-def _array(buffer: memoryview, part: Part) -> mx.array:
-    """A copy: MLX computes later, when the buffer holds something else."""
-    raw = np.frombuffer(buffer, np.uint8, part.nbytes, part.offset)
+def array_of(data: memoryview, part: Part) -> mx.array:
+    """A copy: MLX computes later, when the memory holds something else."""
+    raw = np.frombuffer(data, np.uint8, part.nbytes)
     return mx.array(raw).view(mlx_dtype(part.dtype)).reshape(part.shape)
 
 
@@ -169,7 +186,8 @@ def _bytes_of(array: mx.array) -> memoryview:
     return raw_bytes(mx.contiguous(array).reshape(-1).view(mx.uint8))
 
 
-def _read_back(file: Path, layout: Layout) -> Checksums:
+def read_back(file: Path, layout: Layout) -> Checksums:
+    """The checksums of records that lie in a file."""
     digest, records = hashlib.sha256(), []
     with file.open("rb") as written:
         while data := written.read(layout.stride):

@@ -18,6 +18,7 @@ from typing import Any
 from flash_moe.checkpoint.folder import Folder
 from flash_moe.errors import CheckpointError, NoSpace, Remedy
 from flash_moe.format.atomic import locked_folder, write_json
+from flash_moe.format.holes import allocated
 from flash_moe.format.json_files import read_json
 from flash_moe.pack.transform import ExpertTransform
 
@@ -31,8 +32,8 @@ PACK = "pack"
 def open_workspace(target: Path, nbytes: int, identity: dict[str, Any]) -> Iterator[Path]:
     """The folder beside `target`, with room for `nbytes` in all."""
     require_absent(target)
-    workspace = target.with_name(target.name + ".partial")
-    _require_space(workspace / PACK, target, nbytes)
+    workspace = workspace_of(target)
+    require_space(target, nbytes)
     busy = f"Another pack is being written to {workspace}."
     with locked_folder(workspace, busy):
         _require_same(workspace / IDENTITY, identity)
@@ -75,7 +76,7 @@ def require_absent(target: Path) -> None:
 
 def _require_same(file: Path, identity: dict[str, Any]) -> None:
     begun = read_json(file) if file.exists() else identity
-    if SAMPLES not in begun:
+    if SAMPLES in identity and SAMPLES not in begun:
         begun = {**begun, SAMPLES: identity[SAMPLES]}
     if begun != identity:
         raise CheckpointError(
@@ -85,13 +86,25 @@ def _require_same(file: Path, identity: dict[str, Any]) -> None:
     write_json(file, identity)
 
 
-def _require_space(pack: Path, target: Path, nbytes: int) -> None:
-    written = sum(file.stat().st_size for file in pack.iterdir()) if pack.exists() else 0
-    disk = next(folder for folder in target.absolute().parents if folder.exists())
-    free = shutil.disk_usage(disk).free
-    if nbytes - written > free:
+def workspace_of(target: Path) -> Path:
+    return target.with_name(target.name + ".partial")
+
+
+def free_space(target: Path) -> int:
+    """Of the disk that `target` will be on."""
+    return shutil.disk_usage(_disk(target)).free
+
+
+def require_space(target: Path, nbytes: int) -> None:
+    """NoSpace, if there is no room for `nbytes` in all, with what is there already."""
+    missing, free = nbytes - allocated(workspace_of(target)), free_space(target)
+    if missing > free:
         raise NoSpace(
-            f"The pack needs {(nbytes - written) / 1e9:.1f} GB more, and {disk} has "
+            f"The pack needs {missing / 1e9:.1f} GB more, and {_disk(target)} has "
             f"{free / 1e9:.1f} GB free. Free some space, or choose another target.",
             Remedy.PACK_ELSEWHERE,
         )
+
+
+def _disk(target: Path) -> Path:
+    return next(folder for folder in target.absolute().parents if folder.exists())

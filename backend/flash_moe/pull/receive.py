@@ -1,0 +1,309 @@
+"""Let the weights of a repository through: every byte hashed, and put where it belongs.
+
+Nothing counts before the hash of its shard agrees with the repository's. Until then records lie
+under a temporary name, and the journal says from where to go on; a shard that disagrees is fetched
+again, with all that was made with its help. A layer whose shards agree is sealed: its checksums are
+written, and it takes its place in the pack.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from flash_moe.callbacks import Advance, Notice
+from flash_moe.errors import CheckpointError, FetchFailed
+from flash_moe.format.atomic import sync, write_at, write_json
+from flash_moe.pack.files import LayerPlace
+from flash_moe.pack.records import TransformedRecords, array_of, read_back
+from flash_moe.pack.transform import Arrays
+from flash_moe.pull.journal import Journal
+from flash_moe.pull.ranges import Ranges
+from flash_moe.pull.repository import RemoteFile
+from flash_moe.pull.route import CHECKPOINT_BYTES, Batch, Piece, Route, Use
+from flash_moe.pull.running_hash import RunningHash
+from flash_moe.pull.shadow import Shadow
+from flash_moe.pull.stream import Segment, stream
+
+# A shard that disagrees so often is wrong where it comes from.
+MOST_FAILURES = 2
+
+
+class _Hash(Protocol):
+    @property
+    def state(self) -> str | None: ...
+    def update(self, data: memoryview) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
+class _Disagrees(Exception):
+    pass
+
+
+class GitHash:
+    """Of a file that is not in large-file storage. Those are small, and begun again."""
+
+    state = None
+
+    def __init__(self, size: int) -> None:
+        self._hash = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+
+    def update(self, data: memoryview) -> None:
+        self._hash.update(data)
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+@dataclass(slots=True)
+class Receiver:
+    """For one thread; `receive` once."""
+
+    workspace: Path
+    shadow: Shadow
+    route: Route
+    ranges: Ranges
+    progress: Advance
+    notice: Notice
+    journal: Journal = field(init=False)
+    _files: dict[str, RemoteFile] = field(init=False)
+    _records: dict[int, TransformedRecords] = field(default_factory=dict)
+    _layers: dict[int, int] = field(default_factory=dict)
+    _touched: set[int] = field(default_factory=set)
+    _sealing: dict[int, Future[None]] = field(default_factory=dict)
+    _failed: dict[int, int] = field(default_factory=dict)
+    _ahead: set[str] = field(default_factory=set)
+    _sides: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.journal = Journal.read(self.workspace)
+        self._files = {file.name: file for file in self.ranges.repository.weights}
+
+    def receive(self) -> None:
+        self._ahead = set(self.journal.ahead)
+        self._sides = set(self.route.release)
+        self._require_records()
+        with self._threads() as (hasher, sealer):
+            self._seal(sealer)
+            while self.journal.shard < len(self.route.shards):
+                try:
+                    self._receive_shard(hasher)
+                except _Disagrees:
+                    self._again()
+                self._seal(sealer)
+            for sealing in self._sealing.values():
+                sealing.result()
+
+    @contextmanager
+    def _threads(self) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
+        """One that hashes what arrives, one that reads finished layers back."""
+        with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as sealer:
+            try:
+                yield hasher, sealer
+            finally:
+                sealer.shutdown(cancel_futures=True)
+                for fd in self._layers.values():
+                    os.close(fd)
+
+    # -- a shard -----------------------------------------------------------------------------------
+
+    def _receive_shard(self, hasher: ThreadPoolExecutor) -> None:
+        number = self.journal.shard
+        shard = self.route.shards[number]
+        file = self._files[shard]
+        running, start = self._hash(file)
+        batches = list(self.route.batches(number, start, set(self._ahead), self._done()))
+        arriving = stream(
+            self.ranges,
+            (Segment(self._files[b.shard], b.start, b.end) for b in batches if not b.here),
+        )
+        # Where everything is in its place, and the hash of so much: one thing, so that Ctrl-C
+        # cannot come in between.
+        reached, since = (start, running.state), 0
+        try:
+            for batch in batches:
+                if batch.here:
+                    data = memoryview(self.shadow.read(batch.shard, batch.start, batch.end))
+                else:
+                    data = memoryview(next(arriving).buffer)
+                if batch.ahead is not None:
+                    self._use(batch, data)
+                    self._ahead |= {batch.ahead} - {""}
+                else:
+                    hashing = hasher.submit(running.update, data)
+                    try:
+                        self._use(batch, data)
+                    finally:
+                        hashing.result()
+                    reached = (batch.end, running.state)
+                if not batch.here:
+                    self.progress(batch.nbytes)
+                since += batch.nbytes
+                if since >= CHECKPOINT_BYTES:
+                    self._checkpoint(number, *reached)
+                    since = 0
+            if running.hexdigest() != (file.sha256 or file.blob):
+                raise _Disagrees
+            self._checkpoint(number + 1, 0, None)
+        except (Exception, KeyboardInterrupt) as error:
+            # All that has arrived is kept, unless the disk is full, or it is not what it should be.
+            if not isinstance(error, _Disagrees | OSError):
+                self._checkpoint(number, *reached)
+            raise
+        finally:
+            arriving.close()
+
+    def _hash(self, file: RemoteFile) -> tuple[_Hash, int]:
+        """Where to begin with a shard: where it was left, if its hash can go on from there."""
+        if file.sha256 is None:
+            return GitHash(file.size), 0
+        resumed = RunningHash.resumed(self.journal.hash) if self.journal.offset else None
+        return (RunningHash(), 0) if resumed is None else (resumed, self.journal.offset)
+
+    def _use(self, batch: Batch, data: memoryview) -> None:
+        for span in batch.spans:
+            part = data[span.start - batch.start : span.end - batch.start]
+            if span.use is Use.KEPT and not batch.here:
+                self.shadow.write(batch.shard, part, span.start)
+            elif span.piece is not None:
+                self._take(span.piece, part)
+
+    def _take(self, piece: Piece, data: memoryview) -> None:
+        layer = self.route.layers[piece.layer]
+        part = layer.layout.parts[piece.part]
+        fd = self._layer(piece.layer)
+        if self.route.transform is None:
+            write_at(fd, data, piece.expert * layer.layout.stride + part.offset)
+        else:
+            arrays = {part.param: array_of(data, part), **self._beside(piece)}
+            self._transformed(piece.layer).write(fd, piece.expert, part.projection, arrays)
+        self._touched.add(piece.layer)
+
+    def _beside(self, piece: Piece) -> Arrays:
+        """The other parts of a projection of an expert."""
+        layer = self.route.layers[piece.layer]
+        projection = layer.layout.parts[piece.part].projection
+        arrays = {}
+        for index, part in enumerate(layer.layout.parts):
+            if part.projection == projection and index != piece.part:
+                shard, at = self.route.place(piece.layer, index, piece.expert)
+                data = self.shadow.read(shard, at, at + part.nbytes)
+                arrays[part.param] = array_of(memoryview(data), part)
+        return arrays
+
+    def _transformed(self, number: int) -> TransformedRecords:
+        if number not in self._records:
+            layer, transform = self.route.layers[number], self.route.transform
+            assert transform is not None
+            self._records[number] = TransformedRecords(layer.layout, layer.path, transform)
+        return self._records[number]
+
+    # -- what is written down ----------------------------------------------------------------------
+
+    def _checkpoint(self, shard: int, offset: int, state: str | None) -> None:
+        """Everything up to a position is on the disk, and after that the journal that says so."""
+        if offset and state is None:
+            offset = 0
+        for number in self._touched & self._layers.keys():
+            os.fsync(self._layers[number])
+        self._touched.clear()
+        self.shadow.sync()
+        unneeded = self.route.unneeded((shard, offset), self._sides)
+        self._ahead -= set(unneeded)
+        self.journal = Journal(shard, offset, state, sorted(self._ahead))
+        self.journal.write(self.workspace)
+        for name in unneeded:
+            tensor = self.route.tensors[name]
+            self.shadow.punch(tensor.file.name, tensor.offset, tensor.offset + tensor.nbytes)
+        self._sides -= set(unneeded)
+
+    def _again(self) -> None:
+        """Go back to where the first layer begins that has something of this shard and no seal."""
+        for sealing in self._sealing.values():
+            sealing.result()
+        number, done = self.journal.shard, self._done()
+        begun = [
+            first
+            for layer, (first, _) in enumerate(self.route.extent)
+            if first <= number and layer not in done
+        ]
+        failed = self._failed[number] = self._failed.get(number, 0) + 1
+        back = min([number, *begun])
+        self._ahead, self._sides = set(), set(self.route.release)
+        self.journal = Journal(back)
+        self.journal.write(self.workspace)
+        name = self.route.shards[number]
+        if failed >= MOST_FAILURES:
+            raise FetchFailed(
+                f"{name} differs from the hash that {self.ranges.repository.name} states, "
+                f"{failed} times. Nothing of it was used. Try again later."
+            )
+        self.notice(f"{name} did not arrive as the repository states; fetching it again")
+
+    # -- layers ------------------------------------------------------------------------------------
+
+    def _require_records(self) -> None:
+        """What the journal speaks of is there: a file made anew would hold zeros in its place."""
+        done = self._done()
+        for number, (first, _) in enumerate(self.route.extent):
+            begun = first < self.journal.shard or (
+                first == self.journal.shard and self.journal.offset > 0
+            )
+            files = (self._part(number), self._place(number).file)
+            if begun and number not in done and not any(file.exists() for file in files):
+                if first == self.journal.shard and not self.route.has_pieces_before(
+                    number, first, self.journal.offset
+                ):
+                    continue
+                raise CheckpointError(
+                    f"{files[0]} is gone. Remove {self.workspace}, and pull again."
+                )
+
+    def _place(self, number: int) -> LayerPlace:
+        return LayerPlace(self.workspace, number)
+
+    def _size(self, number: int) -> int:
+        return self.route.layers[number].experts * self.route.layouts[number].stride
+
+    def _done(self) -> frozenset[int]:
+        return frozenset(
+            number
+            for number in range(len(self.route.layers))
+            if self._place(number).is_done(self._size(number))
+        )
+
+    def _part(self, number: int) -> Path:
+        return self.workspace / f"layer_{number:03}.part"
+
+    def _layer(self, number: int) -> int:
+        """A descriptor of the records while they are provisional."""
+        if number not in self._layers:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            self._layers[number] = os.open(self._part(number), flags, 0o666)
+            os.ftruncate(self._layers[number], self._size(number))
+        return self._layers[number]
+
+    def _seal(self, sealer: ThreadPoolExecutor) -> None:
+        """Layers of which every shard agrees."""
+        done = self._done()
+        for number, (_, last) in enumerate(self.route.extent):
+            if last < self.journal.shard and number not in done and number not in self._sealing:
+                if (fd := self._layers.pop(number, None)) is not None:
+                    os.close(fd)
+                self._sealing[number] = sealer.submit(self._write_seal, number)
+
+    def _write_seal(self, number: int) -> None:
+        """In the thread that reads layers back."""
+        place, part = self._place(number), self._part(number)
+        place.file.parent.mkdir(exist_ok=True)
+        if part.exists():
+            part.rename(place.file)
+            sync(place.file.parent)
+        checksums = read_back(place.file, self.route.layouts[number])
+        write_json(place.done, checksums._asdict())
