@@ -34,15 +34,20 @@ from flash_moe.pack.files import FileWriter, resident_shards
 from flash_moe.pack.job import PackJob
 from flash_moe.pack.transform import ExpertTransform
 from flash_moe.pack.two_planes import TwoPlanes
-from flash_moe.pack.workspace import free_space, open_workspace, require_space, workspace_of
-from flash_moe.pull.journal import Journal
+from flash_moe.pack.workspace import (
+    IDENTITY,
+    free_space,
+    open_workspace,
+    require_space,
+    workspace_of,
+)
+from flash_moe.pull.journal import PULL, Journal
 from flash_moe.pull.ranges import Patience, Ranges
 from flash_moe.pull.receive import Receiver
 from flash_moe.pull.repository import Repository, find_repository
 from flash_moe.pull.route import Route
 from flash_moe.pull.shadow import Contents, Shadow, fetch_plan, make_shadow
 
-PULL = "pull.json"
 SOURCE = "source"
 # (bits, planes) of what a repository of 4 bits can be pulled as.
 FORMS = ((None, False), (None, True), (2, False))
@@ -134,8 +139,8 @@ class PullJob:
             route = Route.of(job.skeleton, transform)
             form = _form(job, route, repository, bits, planes)
             small = [file for file in repository.small if file.name not in contents]
-            there = {path.name for path in _shadow(workspace, repository).glob("*")}
-            at = Journal.read(workspace)
+            there = {p.name for p in _shadow(workspace, repository).glob("*")} if begun else set()
+            at = Journal.read(workspace) if begun else Journal()
             fetch = route.fetch_bytes(at.shard, at.offset if at.hash else 0, frozenset(at.ahead))
             fetch += sum(file.size for file in small if file.name not in there)
         here = allocated(workspace)
@@ -222,8 +227,10 @@ class PullJob:
                 "such as one in APFS, ext4, XFS or Btrfs.",
                 Remedy.PACK_ELSEWHERE,
             )
-        folder = make_shadow(_shadow(workspace, self.repository), self.repository, self._contents)
+        folder = _shadow(workspace, self.repository)
         if not (workspace / PULL).exists():
+            _clear(workspace)
+            make_shadow(folder, self.repository, self._contents)
             write_json(workspace / PULL, self.repository.to_json())
         self._fetch_small(folder, progress)
         with ExitStack() as stack:
@@ -270,6 +277,14 @@ class _Release:
             tensor = self._route.tensors[name]
             end = tensor.offset + tensor.nbytes
             self._shadow.punch(tensor.file.name, tensor.offset, end)
+
+
+def _clear(workspace: Path) -> None:
+    for path in workspace.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != IDENTITY:
+            path.unlink()
 
 
 def _begun(workspace: Path) -> Repository | None:

@@ -9,6 +9,8 @@ from flash_moe.errors import CheckpointError
 from flash_moe.format.atomic import write_json
 from flash_moe.format.json_files import read_json
 
+# The repository that a pull began with. Without it, nothing in a workspace counts.
+PULL = "pull.json"
 PROGRESS = "progress.json"
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Protocol
 
 from flash_moe.callbacks import Advance, Notice
-from flash_moe.errors import CheckpointError, FetchFailed
+from flash_moe.errors import CheckpointError, FetchFailed, Remedy
 from flash_moe.format.atomic import sync, write_at, write_json
 from flash_moe.pack.files import LayerPlace
 from flash_moe.pack.records import TransformedRecords, array_of, read_back
 from flash_moe.pack.transform import Arrays
-from flash_moe.pull.journal import Journal
+from flash_moe.pull.journal import PULL, Journal
 from flash_moe.pull.ranges import Ranges
 from flash_moe.pull.repository import RemoteFile
 from flash_moe.pull.route import CHECKPOINT_BYTES, Batch, Piece, Route, Use
@@ -239,12 +239,26 @@ class Receiver:
         self.journal = Journal(back)
         self.journal.write(self.workspace)
         name = self.route.shards[number]
+        self._require_header(name)
         if failed >= MOST_FAILURES:
             raise FetchFailed(
                 f"{name} differs from the hash that {self.ranges.repository.name} states, "
                 f"{failed} times. Nothing of it was used. Try again later."
             )
         self.notice(f"{name} did not arrive as the repository states; fetching it again")
+
+    def _require_header(self, shard: str) -> None:
+        """All was planned by headers, which no hash covers alone. If one is not what it was,
+        nothing that was made of it counts."""
+        end = self.route.header_bytes(shard)
+        again = bytearray(end)
+        self.ranges.fill(self._files[shard], 0, memoryview(again))
+        if again != self.shadow.read(shard, 0, end):
+            (self.workspace / PULL).unlink()
+            raise FetchFailed(
+                f"The header of {shard} arrived damaged, so nothing made by it was used.",
+                Remedy.PULL_AGAIN,
+            )
 
     # -- layers ------------------------------------------------------------------------------------
 

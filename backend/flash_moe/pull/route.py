@@ -123,6 +123,9 @@ class Route:
         last = self._by_shard[shard][-1]
         return last.offset + last.nbytes
 
+    def header_bytes(self, shard: str) -> int:
+        return self._by_shard[shard][0].offset
+
     def number(self, shard: str) -> int:
         return self.shards.index(shard)
 

@@ -98,15 +98,14 @@ def _header(ranges: Ranges, file: RemoteFile) -> bytes:
 
 
 def make_shadow(folder: Path, repository: Repository, contents: Mapping[str, bytes]) -> Path:
-    """Write what is known; files that are there already keep what they have."""
+    """Write what is known."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {file.name: file.size for file in repository.weights}
     for name, data in contents.items():
         path = folder / name
-        if not path.exists():
-            with replacing(path) as temporary, temporary.open("wb") as file:
-                file.write(data)
-                if name in sizes:
-                    file.truncate(sizes[name])
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            file.write(data)
+            if name in sizes:
+                file.truncate(sizes[name])
     sync(folder)
     return folder
