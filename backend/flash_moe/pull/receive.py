@@ -9,26 +9,25 @@ written, and it takes its place in the pack.
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from flash_moe.callbacks import Advance, Notice
-from flash_moe.errors import CheckpointError, FetchFailed, Remedy
-from flash_moe.format.atomic import sync, write_at, write_json
-from flash_moe.pack.files import LayerPlace
-from flash_moe.pack.records import TransformedRecords, array_of, read_back
+from flash_moe.errors import FetchFailed, Remedy
+from flash_moe.format.atomic import write_at
+from flash_moe.pack.records import TransformedRecords, array_of
 from flash_moe.pack.transform import Arrays
 from flash_moe.pull.journal import PULL, Journal
+from flash_moe.pull.layers import Layers
 from flash_moe.pull.ranges import Ranges
 from flash_moe.pull.repository import RemoteFile
-from flash_moe.pull.route import CHECKPOINT_BYTES, Batch, Piece, Route, Use
+from flash_moe.pull.route import CHECKPOINT_BYTES, Route
 from flash_moe.pull.running_hash import RunningHash
 from flash_moe.pull.shadow import Shadow
+from flash_moe.pull.spans import Batch, Piece, Use
 from flash_moe.pull.stream import Segment, stream
 
 # A shard that disagrees so often is wrong where it comes from.
@@ -74,42 +73,30 @@ class Receiver:
     journal: Journal = field(init=False)
     _files: dict[str, RemoteFile] = field(init=False)
     _records: dict[int, TransformedRecords] = field(default_factory=dict)
-    _layers: dict[int, int] = field(default_factory=dict)
-    _touched: set[int] = field(default_factory=set)
-    _sealing: dict[int, Future[None]] = field(default_factory=dict)
+    _layers: Layers = field(init=False)
     _failed: dict[int, int] = field(default_factory=dict)
     _ahead: set[str] = field(default_factory=set)
     _sides: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.journal = Journal.read(self.workspace)
+        self._layers = Layers(self.workspace, self.route)
         self._files = {file.name: file for file in self.ranges.repository.weights}
 
     def receive(self) -> None:
         self._ahead = set(self.journal.ahead)
         self._sides = set(self.route.release)
-        self._require_records()
-        with self._threads() as (hasher, sealer):
-            self._seal(sealer)
+        with closing(self._layers), ThreadPoolExecutor(1) as hasher:
+            self._layers.require((self.journal.shard, self.journal.offset))
+            self._layers.seal(self.journal.shard)
             while self.journal.shard < len(self.route.shards):
                 try:
                     self._receive_shard(hasher)
                 except _Disagrees:
                     self._again()
-                self._seal(sealer)
-            for sealing in self._sealing.values():
-                sealing.result()
-
-    @contextmanager
-    def _threads(self) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
-        """One that hashes what arrives, one that reads finished layers back."""
-        with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as sealer:
-            try:
-                yield hasher, sealer
-            finally:
-                sealer.shutdown(cancel_futures=True)
-                for fd in self._layers.values():
-                    os.close(fd)
+                self._layers.seal(self.journal.shard)
+            self._layers.wait()
+            self._layers.require_all()
 
     # -- a shard -----------------------------------------------------------------------------------
 
@@ -118,7 +105,7 @@ class Receiver:
         shard = self.route.shards[number]
         file = self._files[shard]
         running, start = self._hash(file)
-        batches = list(self.route.batches(number, start, set(self._ahead), self._done()))
+        batches = list(self.route.batches(number, start, set(self._ahead), self._layers.sealed()))
         arriving = stream(
             self.ranges,
             (Segment(self._files[b.shard], b.start, b.end) for b in batches if not b.here),
@@ -177,13 +164,12 @@ class Receiver:
     def _take(self, piece: Piece, data: memoryview) -> None:
         layer = self.route.layers[piece.layer]
         part = layer.layout.parts[piece.part]
-        fd = self._layer(piece.layer)
+        fd = self._layers.descriptor(piece.layer)
         if self.route.transform is None:
             write_at(fd, data, piece.expert * layer.layout.stride + part.offset)
         else:
             arrays = {part.param: array_of(data, part), **self._beside(piece)}
             self._transformed(piece.layer).write(fd, piece.expert, part.projection, arrays)
-        self._touched.add(piece.layer)
 
     def _beside(self, piece: Piece) -> Arrays:
         """The other parts of a projection of an expert."""
@@ -210,9 +196,7 @@ class Receiver:
         """Everything up to a position is on the disk, and after that the journal that says so."""
         if offset and state is None:
             offset = 0
-        for number in self._touched & self._layers.keys():
-            os.fsync(self._layers[number])
-        self._touched.clear()
+        self._layers.sync()
         self.shadow.sync()
         unneeded = self.route.unneeded((shard, offset), self._sides)
         self._ahead -= set(unneeded)
@@ -225,13 +209,12 @@ class Receiver:
 
     def _again(self) -> None:
         """Go back to where the first layer begins that has something of this shard and no seal."""
-        for sealing in self._sealing.values():
-            sealing.result()
-        number, done = self.journal.shard, self._done()
+        self._layers.wait()
+        number, sealed = self.journal.shard, self._layers.sealed()
         begun = [
             first
             for layer, (first, _) in enumerate(self.route.extent)
-            if first <= number and layer not in done
+            if first <= number and layer not in sealed
         ]
         failed = self._failed[number] = self._failed.get(number, 0) + 1
         back = min([number, *begun])
@@ -259,65 +242,3 @@ class Receiver:
                 f"The header of {shard} arrived damaged, so nothing made by it was used.",
                 Remedy.PULL_AGAIN,
             )
-
-    # -- layers ------------------------------------------------------------------------------------
-
-    def _require_records(self) -> None:
-        """What the journal speaks of is there: a file made anew would hold zeros in its place."""
-        done = self._done()
-        for number, (first, _) in enumerate(self.route.extent):
-            begun = first < self.journal.shard or (
-                first == self.journal.shard and self.journal.offset > 0
-            )
-            files = (self._part(number), self._place(number).file)
-            if begun and number not in done and not any(file.exists() for file in files):
-                if first == self.journal.shard and not self.route.has_pieces_before(
-                    number, first, self.journal.offset
-                ):
-                    continue
-                raise CheckpointError(
-                    f"{files[0]} is gone. Remove {self.workspace}, and pull again."
-                )
-
-    def _place(self, number: int) -> LayerPlace:
-        return LayerPlace(self.workspace, number)
-
-    def _size(self, number: int) -> int:
-        return self.route.layers[number].experts * self.route.layouts[number].stride
-
-    def _done(self) -> frozenset[int]:
-        return frozenset(
-            number
-            for number in range(len(self.route.layers))
-            if self._place(number).is_done(self._size(number))
-        )
-
-    def _part(self, number: int) -> Path:
-        return self.workspace / f"layer_{number:03}.part"
-
-    def _layer(self, number: int) -> int:
-        """A descriptor of the records while they are provisional."""
-        if number not in self._layers:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-            self._layers[number] = os.open(self._part(number), flags, 0o666)
-            os.ftruncate(self._layers[number], self._size(number))
-        return self._layers[number]
-
-    def _seal(self, sealer: ThreadPoolExecutor) -> None:
-        """Layers of which every shard agrees."""
-        done = self._done()
-        for number, (_, last) in enumerate(self.route.extent):
-            if last < self.journal.shard and number not in done and number not in self._sealing:
-                if (fd := self._layers.pop(number, None)) is not None:
-                    os.close(fd)
-                self._sealing[number] = sealer.submit(self._write_seal, number)
-
-    def _write_seal(self, number: int) -> None:
-        """In the thread that reads layers back."""
-        place, part = self._place(number), self._part(number)
-        place.file.parent.mkdir(exist_ok=True)
-        if part.exists():
-            part.rename(place.file)
-            sync(place.file.parent)
-        checksums = read_back(place.file, self.route.layouts[number])
-        write_json(place.done, checksums._asdict())

@@ -12,8 +12,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import Enum, auto
-from typing import NamedTuple
 
 from flash_moe.checkpoint.locations import ExpertLayer, Run
 from flash_moe.checkpoint.skeleton import Skeleton
@@ -22,60 +20,16 @@ from flash_moe.format.layout import Layout
 from flash_moe.format.safetensors import Tensor
 from flash_moe.pack.files import packed_layout
 from flash_moe.pack.transform import ExpertTransform
+from flash_moe.pull import spans
+from flash_moe.pull.spans import Batch, Piece, Position, Span, Use, grouped, parts
 
-# What is handed over at once, except pieces that are larger.
-BATCH_BYTES = 8 << 20
 # After so many bytes everything is synced and the journal is written. What a kill costs.
 CHECKPOINT_BYTES = 256 << 20
 # A transform takes this of an expert as it comes, and the projection's other parts from the copy.
 STREAMED = "weight"
 
 
-class Piece(NamedTuple):
-    """One part of one expert, between two bytes of a shard."""
-
-    start: int
-    end: int
-    layer: int
-    expert: int
-    part: int
-
-
-class Use(Enum):
-    HEADER = auto()
-    KEPT = auto()
-    UNUSED = auto()
-    PIECE = auto()
-
-
-class Span(NamedTuple):
-    start: int
-    end: int
-    use: Use
-    piece: Piece | None = None
-
-
-@dataclass(slots=True)
-class Batch:
-    """Bytes of one shard. `here`: from the sparse copy. `ahead`: a tensor that a piece waits for,
-    fetched out of order, hashed when its turn comes."""
-
-    shard: str
-    start: int
-    end: int
-    spans: list[Span]
-    here: bool = False
-    ahead: str | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.start
-
-
 NOTHING: frozenset[str] = frozenset()
-
-# How far a pull is: a shard by its number, and a byte in it.
-Position = tuple[int, int]
 
 
 @dataclass(slots=True)
@@ -94,6 +48,8 @@ class Route:
     release: dict[str, Position] = field(default_factory=dict)
     # The first and the last shard that has something of a layer.
     extent: list[tuple[int, int]] = field(default_factory=list)
+    # Where the first piece of each layer ends.
+    first_piece: list[Position] = field(default_factory=list)
     _by_shard: dict[str, list[Tensor]] = field(default_factory=dict)
     _kept: set[str] = field(default_factory=set)
 
@@ -152,9 +108,9 @@ class Route:
             if span.piece is not None and span.piece.layer in done:
                 span = span._replace(use=Use.UNUSED, piece=None)
             waits = self._missing(span, (number, span.start), ahead)
-            full = group and group[-1].end - group[0].start >= BATCH_BYTES
+            full = group and group[-1].end - group[0].start >= spans.BATCH_BYTES
             if group and (here or waits or full):
-                yield _batch(shard, group)
+                yield grouped(shard, group)
                 group = []
             for name in waits:
                 yield from self._ahead(name)
@@ -164,7 +120,7 @@ class Route:
             else:
                 group.append(span)
         if group:
-            yield _batch(shard, group)
+            yield grouped(shard, group)
 
     def fetch_bytes(self, number: int = 0, start: int = 0, ahead: frozenset[str] = NOTHING) -> int:
         """What comes over the network from a position on."""
@@ -192,10 +148,6 @@ class Route:
                     for name in self.unneeded(position, alive.keys()):
                         del alive[name]
         return most
-
-    def has_pieces_before(self, layer: int, number: int, end: int) -> bool:
-        pieces = self.pieces[self.shards[number]]
-        return any(piece.layer == layer and piece.end <= end for piece in pieces)
 
     def place(self, layer: int, part: int, expert: int) -> tuple[str, int]:
         """The shard and the offset of one part of one expert."""
@@ -237,6 +189,11 @@ class Route:
             found.sort()
             self._check_pieces(shard, found)
         self.pieces = pieces
+        first: dict[int, Position] = {}
+        for number, shard in enumerate(self.shards):
+            for piece in pieces[shard]:
+                first.setdefault(piece.layer, (number, piece.end))
+        self.first_piece = [first[layer] for layer in range(len(self.layers))]
         self.release = self._last_uses(sides)
 
     def _check_pieces(self, shard: str, pieces: list[Piece]) -> None:
@@ -286,10 +243,10 @@ class Route:
             here = max(start, tensor.offset)
             while at < len(pieces) and pieces[at].start < end:
                 piece = pieces[at]
-                yield from _parts(here, piece.start, use)
+                yield from parts(here, piece.start, use)
                 yield Span(piece.start, piece.end, Use.PIECE, piece)
                 here, at = piece.end, at + 1
-            yield from _parts(here, end, use)
+            yield from parts(here, end, use)
 
     def _missing(self, span: Span, position: Position, ahead: set[str]) -> list[str]:
         """What a piece needs and is not there: neither passed already nor fetched ahead."""
@@ -310,7 +267,7 @@ class Route:
     def _ahead(self, name: str) -> Iterator[Batch]:
         tensor = self.tensors[name]
         end = tensor.offset + tensor.nbytes
-        for span in _parts(tensor.offset, end, Use.KEPT):
+        for span in parts(tensor.offset, end, Use.KEPT):
             finished = name if span.end == end else ""
             yield Batch(tensor.file.name, span.start, span.end, [span], ahead=finished)
 
@@ -324,15 +281,6 @@ def _place(run: Run, expert: int) -> tuple[str, int]:
     if run.files:
         return run.files[expert].name, run.offsets[expert]
     return run.file.name, run.base + expert * run.step
-
-
-def _parts(start: int, end: int, use: Use) -> Iterator[Span]:
-    for at in range(start, end, BATCH_BYTES):
-        yield Span(at, min(at + BATCH_BYTES, end), use)
-
-
-def _batch(shard: str, spans: list[Span]) -> Batch:
-    return Batch(shard, spans[0].start, spans[-1].end, spans)
 
 
 def _must_be_whole(why: str) -> UnsupportedModel:

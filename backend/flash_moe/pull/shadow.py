@@ -17,6 +17,7 @@ from flash_moe.format.holes import punch
 from flash_moe.format.safetensors import MAX_HEADER_BYTES
 from flash_moe.pull.ranges import Ranges
 from flash_moe.pull.repository import PLANNED, RemoteFile, Repository
+from flash_moe.pull.route import Route
 from flash_moe.pull.stream import CONNECTIONS
 
 LENGTH_BYTES = 8
@@ -109,3 +110,18 @@ def make_shadow(folder: Path, repository: Repository, contents: Mapping[str, byt
                 file.truncate(sizes[name])
     sync(folder)
     return folder
+
+
+class Release:
+    """Gives a copy's blocks back when the pack has all resident weights that are made of them."""
+
+    def __init__(self, shadow: Shadow, route: Route) -> None:
+        self._shadow, self._route = shadow, route
+        self._waiting = dict(route.resident)
+
+    def __call__(self, names: list[str]) -> None:
+        done = frozenset().union(*(self._waiting.pop(name) for name in names))
+        for name in done.difference(*self._waiting.values()) if self._waiting else done:
+            tensor = self._route.tensors[name]
+            end = tensor.offset + tensor.nbytes
+            self._shadow.punch(tensor.file.name, tensor.offset, end)
