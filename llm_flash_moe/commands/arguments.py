@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from pydantic import ValidationError
@@ -43,6 +45,15 @@ def given_options(pairs: Sequence[tuple[str, str]]) -> ModelOptions:
         first = error.errors()[0]
         message = first["msg"].removeprefix("Value error, ")
         raise PluginError(f"-o {first['loc'][0]} {first['input']}: {message}.") from error
+
+
+def command(verb: str, what: object, given: Mapping[str, Any]) -> str:
+    """The command that does it again, from any folder: options that were given, by name."""
+    words: list[Any] = ["llm", "flash-moe", verb, what]
+    for name, value in given.items():
+        if value:
+            words += [f"--{name}"] if value is True else [f"--{name}", value]
+    return shlex.join(map(str, words))
 
 
 def expanded(path: Path | None) -> Path | None:

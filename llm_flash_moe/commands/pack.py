@@ -9,7 +9,7 @@ import click
 
 from flash_moe import options
 from llm_flash_moe import paths
-from llm_flash_moe.commands.arguments import EXPERTS, NAME, PATH, TO
+from llm_flash_moe.commands.arguments import EXPERTS, NAME, PATH, TO, command
 from llm_flash_moe.commands.describe import describe, size
 from llm_flash_moe.errors import as_click_errors
 from llm_flash_moe.progress import byte_bar, item_bar
@@ -91,6 +91,10 @@ def pack(
             with item_bar("Calibrating (tokens)", job.calibration_tokens) as progress:
                 job = job.calibrate(progress)
             click.echo(_calibrated(job))
+        given = {"name": name, "experts": experts, "to": to and to.expanduser().resolve()}
+        given |= {"bits": bits, "group-size": group_size, "planes": planes}
+        given |= {"calibrate": calibrate and calibrate.expanduser().resolve()}
+        registry.begin(name, target, command("pack", source, given))
         with byte_bar(f"Packing {name}", job.nbytes) as progress:
             job.write(progress)
         registry.add(name, Entry(str(target), experts, managed=to is None))

@@ -35,6 +35,11 @@ def disk_rate(job: PullJob) -> float | None:
         return None  # what cannot be written to is reported when it has to be
 
 
+def plan_to_json(job: PullJob, rate: float | None) -> dict[str, Any]:
+    forms = [form.to_json() for form in job.forms()]
+    return {**job.to_json(), "disk_rate": rate, "forms": forms}
+
+
 def print_pull(name: str, job: PullJob, rate: float | None) -> None:
     """The plan, and the other forms beside it."""
     form = job.form

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from flash_moe import options
 from llm_flash_moe import paths
-from llm_flash_moe.commands.arguments import AS_JSON, EXPERTS, NAME, TO
+from llm_flash_moe.commands.arguments import AS_JSON, EXPERTS, NAME, TO, command
 from llm_flash_moe.commands.describe import describe, size
-from llm_flash_moe.commands.planned import disk_rate, print_pull
+from llm_flash_moe.commands.planned import disk_rate, plan_to_json, print_pull
 from llm_flash_moe.errors import PluginError, as_click_errors
 from llm_flash_moe.known import KNOWN, Known
 from llm_flash_moe.progress import lines_or_bar
@@ -77,8 +76,7 @@ def pull(
         )
         rate = disk_rate(job)
         if as_json:
-            forms = [form.to_json() for form in job.forms()]
-            click.echo(json.dumps({**job.to_json(), "disk_rate": rate, "forms": forms}, indent=2))
+            click.echo(json.dumps(plan_to_json(job, rate), indent=2))
         else:
             print_pull(name, job, rate)
         if plan_only or (as_json and not yes):
@@ -90,22 +88,24 @@ def pull(
             )
         if not yes:
             click.confirm("Pull it?", abort=True)
-        command = _command(model, name, job, to, revision)
-        registry.begin(name, target, command)
-        _write(name, job, command)
+        given = {"name": name, "experts": experts, "to": to and to.expanduser().resolve()}
+        given |= {"bits": bits, "planes": planes, "revision": revision}
+        again = command("pull", model, given)
+        registry.begin(name, target, again)
+        _write(name, job, again)
         registry.add(name, Entry(str(target), experts or known.experts, managed=to is None))
         description = describe(name, Checkpoint(target))
     click.echo(description, err=as_json)
     click.echo(f'Ready: llm -m {name} "your prompt"', err=as_json)
 
 
-def _write(name: str, job: PullJob, command: str) -> None:
+def _write(name: str, job: PullJob, again: str) -> None:
     try:
         with lines_or_bar(f"Pulling {name}", job.fetch_bytes) as progress:
             job.write(progress, _say)
     except KeyboardInterrupt:
         here = size(job.left_by(job.target))
-        click.echo(f"\nStopped. {here} are here already. Go on with: {command}", err=True)
+        click.echo(f"\nStopped. {here} are here already. Go on with: {again}", err=True)
         raise SystemExit(130) from None
 
 
@@ -116,19 +116,3 @@ def _say(text: str) -> None:
 def _default_name(model: str, bits: str | None, planes: bool) -> str:
     suffix = "-planes" if planes else f"-{bits}bit" if bits else ""
     return model.rpartition("/")[2].lower() + suffix
-
-
-def _command(model: str, name: str, job: PullJob, to: Path | None, revision: str | None) -> str:
-    """The one that goes on with it, from anywhere."""
-    given: list[Any] = ["llm", "flash-moe", "pull", model, "--name", name]
-    if job.experts:
-        given += ["--experts", job.experts]
-    if to is not None:
-        given += ["--to", to.expanduser().resolve()]
-    if job.form.bits:
-        given += ["--bits", job.form.bits]
-    if job.form.planes:
-        given += ["--planes"]
-    if revision:
-        given += ["--revision", revision]
-    return shlex.join(map(str, given))

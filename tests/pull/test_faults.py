@@ -26,7 +26,7 @@ from tests.pull.conftest import using
 from tests.pull.hub import FAULTS, Hub, Trouble, serving
 
 FORMS: list[dict[str, Any]] = [{}, {"bits": 2}, {"planes": True}]
-HURRIED = Patience(stall=0.3, pause=0.005, longest=0.05, give_up=2.0, first=2.0)
+HURRIED = Patience(stall=0.25, pause=0.005, longest=0.05, give_up=0.8, first=0.8)
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +96,14 @@ def check(hub: Hub, faults: list[str | None], form: int, expected: dict[str, str
 @pytest.fixture(scope="module")
 def hub(source: Path) -> Iterator[Hub]:
     with serving(source) as hub, using(hub), finely():
-        hub.stall_seconds = 0.6
+        hub.stall_seconds = 0.4
         yield hub
 
 
 schedules = st.lists(st.sampled_from((None, None, None, *FAULTS)), max_size=40)
 
 
-@settings(max_examples=10)
+@settings(max_examples=4)
 @given(schedules, st.integers(0, 2))
 def test_any_schedule(
     hub: Hub, packs: list[dict[str, str]], faults: list[str | None], form: int
@@ -120,13 +120,14 @@ def test_a_hundred_schedules(
     check(hub, faults, form, packs[form])
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_every_fault(hub: Hub, packs: list[dict[str, str]], fault: str) -> None:
-    """In the midst of a shard, and twice."""
-    check(hub, [None] * 12 + [fault, None, fault], 1, packs[1])
+@pytest.mark.parametrize("first", [0, 1])
+def test_every_fault(hub: Hub, packs: list[dict[str, str]], first: int) -> None:
+    """Each twice, with good answers before, between and after."""
+    faults = [[None, None, None, fault, None, fault] for fault in FAULTS[first::2]]
+    check(hub, [None] * 12 + [fault for some in faults for fault in some], 1, packs[1])
 
 
-@pytest.mark.parametrize("fault", ["500", "403", "corrupt", "redirect", "shifted", "200", "stall"])
+@pytest.mark.parametrize("fault", ["500", "403", "corrupt", "redirect", "200"])
 def test_a_fault_that_stays(source: Path, hub: Hub, tmp_path: Path, fault: str) -> None:
     """It stops with an error, nothing loads, and when the fault is gone, it goes on."""
     hub.trouble, target = lambda: None, tmp_path / "pack"
