@@ -13,15 +13,17 @@ import pytest
 
 from flash_moe import options
 from tests.plugin.terminal import llm, works
+from tests.pull.conftest import using
+from tests.pull.hub import serving
 
 ROOT = Path(__file__).parents[2]
 README, PLUGIN = ROOT / "README.md", ROOT / "llm_flash_moe" / "README.md"
 READMES = [README, PLUGIN, *ROOT.glob("backend/**/README.md"), ROOT / "shaders" / "README.md"]
 MOST_LINES = 200
-# A model's folder, as `hf download` leaves it: the test puts a small one there.
+# A repository: the test puts a small model into one of this name, at a hub of its own.
 DOWNLOAD = "Qwen3-30B-A3B-4bit"
 # These change the machine or need a network. `make test` is how this runs, and CI runs the rest.
-NOT_RUN = ("git clone ", "llm install ", "hf download ", "make ", "llm uninstall ")
+NOT_RUN = ("git clone ", "llm install ", "make ", "llm uninstall ")
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -46,11 +48,12 @@ def run(command: str, output: str) -> None:
     program, *arguments = shlex.split(command)
     assert program == "llm"
     if "flash-moe-397b" in arguments:
-        assert "hf download" in llm(*arguments, "Hello").stderr
+        assert "llm flash-moe pull flash-moe-397b" in llm(*arguments, "Hello").stderr
         return
     if arguments[0] in ("-m", "-c", "chat") and "flash-moe-tiny" not in arguments:
         arguments += ["-o", "max_tokens", "4"]  # random weights never stop by themselves
-    result = works(*arguments, stdin="Hello\nquit\n" if arguments[0] == "chat" else None)
+    typed = {"chat": "Hello\nquit\n", "flash-moe": "y\n"}
+    result = works(*arguments, stdin=typed.get(arguments[0]))
     printed = re.sub(r"\s+", " ", result.output)
     for line in output.splitlines():
         assert re.sub(r"\s+", " ", line.strip()) in printed, f"{command} printed:\n{result.output}"
@@ -68,10 +71,11 @@ def test_every_command_of_the_top_readme_runs(
     shutil.copytree(demo_folder, tmp_path / DOWNLOAD)
     monkeypatch.chdir(tmp_path)
     done = []
-    for command, output in commands():
-        if not command.startswith(NOT_RUN):
-            run(command, output)
-            done.append(command)
+    with serving(tmp_path / DOWNLOAD, organisation="mlx-community") as hub, using(hub):
+        for command, output in commands():
+            if not command.startswith(NOT_RUN):
+                run(command, output)
+                done.append(command)
     print("\n".join(done))
     assert len(done) >= 10
     makefile = (ROOT / "Makefile").read_text("utf-8")

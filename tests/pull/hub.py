@@ -75,14 +75,15 @@ Trouble = Callable[[], str | None]
 
 
 class Hub:
-    """One repository, `org/NAME`. `main` is what the branch stands for; older commits stay."""
+    """One repository, named after its folder. `main` is what the branch stands for; older commits stay."""
 
-    def __init__(self, folder: Path, name: str | None = None, rate: float | None = None) -> None:
-        self.name = f"org/{name or folder.name}"
+    def __init__(self, folder: Path, organisation: str = "org") -> None:
+        self.name = f"{organisation}/{folder.name}"
         self.main = Snapshot.of(folder)
         self.commits = {self.main.commit: self.main}
         self.trouble: Trouble = lambda: None
-        self.rate = rate
+        # Bytes a second of each connection.
+        self.rate: float | None = None
         self.stall_seconds = 1.0
         self.requests: list[tuple[str, str]] = []
         self.served = 0
