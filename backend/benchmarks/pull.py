@@ -133,9 +133,7 @@ def main() -> None:
 
     source = given.folder / "Model-4bit"
     if not source.exists():
-        shape = replace(
-            SHAPES["397b"], layers=given.layers, experts=given.experts, vocabulary=8192
-        )
+        shape = replace(SHAPES["397b"], layers=given.layers, experts=given.experts, vocabulary=8192)
         shuffled_checkpoint(source, shape, shards=3, dtype="bfloat16")
     with server(source, given.rate * 1e6 / CONNECTIONS) as process:
         assert process.stdout is not None

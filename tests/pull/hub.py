@@ -75,7 +75,8 @@ Trouble = Callable[[], str | None]
 
 
 class Hub:
-    """One repository, named after its folder. `main` is what the branch stands for; older commits stay."""
+    """One repository, named after its folder. `main` is what the branch stands for; older commits
+    stay."""
 
     def __init__(self, folder: Path, organisation: str = "org") -> None:
         self.name = f"{organisation}/{folder.name}"

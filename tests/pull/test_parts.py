@@ -50,6 +50,8 @@ def test_a_hash_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert RunningHash.resumed("other:00") is None
     assert RunningHash.resumed(None) is None
+    if state is not None:
+        assert RunningHash.resumed(state[:-2] + "zz") is None
 
 
 def test_git_hashes() -> None:

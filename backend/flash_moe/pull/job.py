@@ -76,7 +76,7 @@ class PullJob:
         contents = saved_contents(workspace, repository) if begun else fetch_plan(ranges)
         transform = transform_of(bits, planes)
         with tempfile.TemporaryDirectory(prefix="flash-moe-") as folder:
-            job = PackJob.plan(make_shadow(Path(folder) / "plan", repository, contents), target)
+            job = PackJob.plan(_make_plan(folder, repository, contents), target)
             job = pack_with(job, transform, experts)
             route = Route.of(job.skeleton, transform)
             form = form_of(job, route, repository, bits, planes)
@@ -118,9 +118,11 @@ class PullJob:
     def forms(self) -> list[Form]:
         """What else the repository can be pulled as, this one among it."""
         with tempfile.TemporaryDirectory(prefix="flash-moe-") as folder:
-            shadow = make_shadow(Path(folder) / "plan", self.repository, self._contents)
+            shadow = _make_plan(folder, self.repository, self._contents)
             plain = PackJob.plan(shadow, self.target)
-            return [self._other(plain, bits, planes) for bits, planes in FORMS]
+            own = (self.form.bits, self.form.planes)
+            forms = FORMS if own in FORMS else (*FORMS, own)
+            return [self._other(plain, bits, planes) for bits, planes in forms]
 
     def _other(self, plain: PackJob, bits: int | None, planes: bool) -> Form:
         if (bits, planes) == (self.form.bits, self.form.planes):
@@ -204,3 +206,8 @@ class PullJob:
             f"The disk of {self.target.parent} is full. What has arrived is kept. Free some space.",
             Remedy.PULL_AGAIN,
         )
+
+
+def _make_plan(folder: str, repository: Repository, contents: Contents) -> Path:
+    """A copy of nothing but headers and configs, under the name that messages should say."""
+    return make_shadow(Path(folder) / repository.name.partition("/")[2], repository, contents)

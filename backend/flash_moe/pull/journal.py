@@ -39,6 +39,8 @@ class Journal:
             numbers = (journal.shard, journal.offset)
             if any(type(number) is not int or number < 0 for number in numbers):
                 raise TypeError("a number that is none")
+            if not isinstance(journal.hash, str | None):
+                raise TypeError("a hash that is none")
             if not all(isinstance(name, str) for name in journal.ahead):
                 raise TypeError("a name that is none")
             return journal

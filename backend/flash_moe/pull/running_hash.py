@@ -44,7 +44,10 @@ class RunningHash:
             return None
         if len(digits) != 2 * STATE_BYTES:
             return None
-        running._context.raw = bytes.fromhex(digits)
+        try:
+            running._context.raw = bytes.fromhex(digits)
+        except ValueError:
+            return None
         return running
 
     def update(self, data: memoryview) -> None:

@@ -73,7 +73,11 @@ def fetch_plan(ranges: Ranges) -> Contents:
     repository = ranges.repository
     contents = {file.name: ranges.whole(file) for file in repository.small if file.name in PLANNED}
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        headers = list(pool.map(lambda file: _header(ranges, file), repository.weights))
+        try:
+            headers = list(pool.map(lambda file: _header(ranges, file), repository.weights))
+        except BaseException:
+            ranges.stop()  # or the others are waited for
+            raise
     if sum(map(len, headers)) > MAX_HEADER_BYTES:
         raise CheckpointError(f"The headers of {repository.name} are too large to be headers.")
     return contents | {
