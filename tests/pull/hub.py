@@ -88,7 +88,8 @@ class Hub:
         self.stall_seconds = 1.0
         self.requests: list[tuple[str, str]] = []
         self.served = 0
-        self.leaked = False
+        # Whether the storage has seen the user's token, and whether the hub has.
+        self.leaked = self.known = False
         self.dice = random.Random(0)
         self._lock = threading.Lock()
         self._servers = [_serve(self, storage) for storage in (False, True)]
@@ -219,6 +220,7 @@ class _Front(_Handler):
     def do_GET(self) -> None:
         self.note()
         hub = self.server.hub
+        hub.known |= self.headers.get("authorization") == f"Bearer {TOKEN}"
         path = unquote(urlsplit(self.path).path)
         if match := re.fullmatch(rf"/api/models/{hub.name}(?:/revision/(.+))?", path):
             return self.model(match[1] or "main")

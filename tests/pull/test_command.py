@@ -41,6 +41,7 @@ def test_each_byte_once(source: Path, serve: Serve, tmp_path: Path, form: dict[s
     assert hashes(tmp_path / "pulled") == hashes(pack(source, tmp_path / "p", experts=1, **form))
     size = sum(file.stat().st_size for file in (tmp_path / "pulled").iterdir())
     assert 0 <= size - job.form.pack_bytes < 60_000  # the manifest, headers, a new config
+    assert hub.known
     assert not hub.leaked
     assert not [path for _, path in hub.requests if path.endswith((".md", ".py"))]
 
@@ -236,6 +237,19 @@ def test_strangers_repositories(source: Path, serve: Serve, tmp_path: Path) -> N
     for name in ("../x", "a/b/c", "org/..", "org/a\x1b[31m", "", "a" * 300):
         with pytest.raises(CheckpointError):
             find_repository(name)
+
+
+def test_a_header_that_is_none(source: Path, serve: Serve, tmp_path: Path) -> None:
+    """Its length is believed no further than the format's cap, and nothing is fetched for it."""
+    folder = tmp_path / "Odd"
+    shutil.copytree(source, folder)
+    shard = sorted(folder.glob("model*"))[0]
+    for start in (b"\xff" * 8, (200_000_000).to_bytes(8, "little"), (2).to_bytes(8, "little")):
+        shard.write_bytes(start + shard.read_bytes()[8:])
+        hub = serve(folder)
+        with pytest.raises(CheckpointError, match="not a sound safetensors file"):
+            PullJob.plan(hub.name, tmp_path / "pack")
+        assert hub.served < 100_000
 
 
 STRANGE = (
