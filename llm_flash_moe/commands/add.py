@@ -9,7 +9,7 @@ import click
 from llm_flash_moe import paths
 from llm_flash_moe.commands.arguments import EXPERTS, NAME, PATH
 from llm_flash_moe.commands.describe import describe
-from llm_flash_moe.errors import as_click_errors
+from llm_flash_moe.errors import PluginError, as_click_errors
 from llm_flash_moe.registry import Entry, Registry
 
 
@@ -26,6 +26,11 @@ def add(path: Path, name: str | None, experts: int | None) -> None:
     from flash_moe import Checkpoint
 
     with as_click_errors():
+        if len(path.parts) == 2 and not path.exists() and not path.is_absolute():
+            raise PluginError(
+                f"There is no folder {path} here. To fetch a repository of that name: "
+                f"llm flash-moe pull {path}"
+            )
         path, name = path.expanduser().resolve(), name or paths.default_name(path)
         registry = Registry.of_user()
         registry.require_free(name)

@@ -271,6 +271,11 @@ def test_what_a_terminal_would_obey(serve: Serve, tmp_path: Path, source: Path) 
     assert "x\\x1b]0;owned\\x07" in said
 
 
+def test_add_of_a_repository() -> None:
+    message = fails("flash-moe", "add", "mlx-community/Qwen3-30B-A3B-4bit")
+    assert "llm flash-moe pull mlx-community/Qwen3-30B-A3B-4bit" in message
+
+
 def test_offline(monkeypatch: pytest.MonkeyPatch, serve: Serve, source: Path) -> None:
     hub = serve(source)
     from huggingface_hub import constants

@@ -127,7 +127,7 @@ def test_every_fault(hub: Hub, packs: list[dict[str, str]], first: int) -> None:
     check(hub, [None] * 12 + [fault for some in faults for fault in some], 1, packs[1])
 
 
-@pytest.mark.parametrize("fault", ["500", "403", "corrupt", "redirect", "200"])
+@pytest.mark.parametrize("fault", ["500", "429", "403", "corrupt", "redirect", "200"])
 def test_a_fault_that_stays(source: Path, hub: Hub, tmp_path: Path, fault: str) -> None:
     """It stops with an error, nothing loads, and when the fault is gone, it goes on."""
     hub.trouble, target = lambda: None, tmp_path / "pack"

@@ -47,11 +47,12 @@ class Stopped(Exception):
 
 
 class _Again(Exception):
-    """Worth another try, after so many seconds if the server says so."""
+    """Worth another try: after so many seconds if the server says so, or `at_once`, which is
+    counted elsewhere."""
 
-    def __init__(self, why: str, seconds: float | None = None) -> None:
+    def __init__(self, why: str, seconds: float | None = None, at_once: bool = False) -> None:
         super().__init__(why)
-        self.seconds = seconds
+        self.seconds, self.at_once = seconds, at_once
 
 
 @dataclass(slots=True)
@@ -143,12 +144,12 @@ class Ranges:
         status = response.status_code
         if 300 <= status < 400 and "Location" in response.headers:
             self._redirected(file, urljoin(address, response.headers["Location"]))
-            raise _Again("redirected", 0)
+            raise _Again("redirected", at_once=True)
         if status == 429 or status >= 500:
             raise _Again(f"the server answers {status}", _retry_after(response.headers))
         if status in EXPIRED:
             self._forget(file, address, status)
-            raise _Again(f"the server answers {status}", 0)
+            raise _Again(f"the server answers {status}", at_once=True)
         if status != 206:
             raise _Again(f"the server answers {status}, without a range")
         match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
@@ -237,7 +238,7 @@ class Ranges:
 
     def _wait(self, file: RemoteFile, error: _Again, tries: int) -> None:
         """Before another try; FetchFailed when it has been too long since the last byte."""
-        if error.seconds == 0:
+        if error.at_once:
             return
         with self._lock:
             silent = time.monotonic() - self._last_byte
