@@ -279,8 +279,7 @@ def test_the_flagship_is_listed_and_says_how_to_get_it() -> None:
     ):
         assert isinstance(error.exception, SystemExit)
         assert error.exit_code == 1
-        assert "\n  hf download mlx-community/" in error.stderr
-        assert f"\n  llm flash-moe add Qwen3.5-397B-A17B-4bit --name {FLAGSHIP}" in error.stderr
+        assert f"\n  llm flash-moe pull {FLAGSHIP}\n" in error.stderr
         assert "223 GB" in error.stderr
 
 

@@ -196,6 +196,18 @@ def test_a_full_disk(
     assert hashes(target) == hashes(pack(source, tmp_path / "packed"))
 
 
+def test_one_pull_at_a_time(source: Path, serve: Serve, tmp_path: Path) -> None:
+    hub, target = serve(source), tmp_path / "pack"
+    jobs = [PullJob.plan(hub.name, target) for _ in range(2)]
+    busy = pytest.raises(CheckpointError, match="Another pack is being written")
+    with locked_folder(tmp_path / "pack.partial", "busy"), busy:
+        jobs[0].write()
+    jobs[1].write()
+    with pytest.raises(CheckpointError, match="exists"):
+        jobs[0].write()
+    assert hashes(target) == hashes(pack(source, tmp_path / "packed"))
+
+
 def test_files_that_are_gone(source: Path, serve: Serve, tmp_path: Path) -> None:
     """Records that the journal speaks of are missed, and not made anew of zeros."""
     hub, target = serve(source), tmp_path / "pack"
