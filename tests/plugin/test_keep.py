@@ -163,6 +163,18 @@ def test_the_option_keeps_it_and_frees_it() -> None:
     eventually(nothing_is_left)
 
 
+def test_a_reply_waits_for_loading_only_where_it_does() -> None:
+    works("-m", NAME, "Hello", "-o", "keep_alive", "10m")
+    works("-m", NAME, "Hello")
+    works("flash-moe", "stop")
+    works("flash-moe", "keep", NAME)
+    works("-m", NAME, "Hello")
+    waits = [turn["response_json"]["first_word"] for turn in logged()]
+    assert [("weights" in wait, "prompt" in wait) for wait in waits] == [
+        *((True, True), (False, True), (False, True)),
+    ]
+
+
 def test_for_good(llm_home: Path) -> None:
     """Defaults of llm's own, for loading too."""
     works("models", "options", "set", NAME, "keep_alive", "10m")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import flash_moe
+from flash_moe import clock
 from flash_moe.callbacks import Cancelled
 from flash_moe.hold import protocol
 from flash_moe.hold.loading import Loading
@@ -101,6 +102,10 @@ class HolderProcess:
             session.cancel()
         return await self._come_to_an_end()
 
+    @property
+    def is_loaded(self) -> bool:
+        return self._engine is not None
+
     async def loaded(self) -> None:
         """Wait until the model is there. Errors are those of `Engine.load`."""
         assert self._loaded is not None
@@ -113,8 +118,11 @@ class HolderProcess:
         assert self._engine is not None
         return protocol.begin_frame(self._engine.plan, self._engine.lossy, self._engine.warning)
 
-    def reply(self, request: Request) -> Iterator[Frame]:
-        """In the inference thread."""
+    def reply(self, request: Request, waited: bool) -> Iterator[Frame]:
+        """In the inference thread. `waited`: for the model, whose loading is then part of the time
+        before the first word."""
+        if not waited:
+            clock.take()
         assert self._engine is not None
         reply = self._engine.reply(request)
         yield self.begin()

@@ -30,10 +30,12 @@ class Model(Protocol):
     thread: InferenceThread
     news: protocol.Alive
 
+    @property
+    def is_loaded(self) -> bool: ...
     async def loaded(self) -> None: ...
     def keep(self, seconds: float) -> None: ...
     def begin(self) -> Frame: ...
-    def reply(self, request: Request) -> Iterator[Frame]: ...
+    def reply(self, request: Request, waited: bool) -> Iterator[Frame]: ...
 
 
 class Session:
@@ -110,6 +112,7 @@ class Session:
         if "keep" in ask:
             self._model.keep(protocol.seconds_from_json(ask["keep"]))
         request = Request() if "ready" in ask else protocol.request_from_json(ask.get("request"))
+        waited = not self._model.is_loaded
         await self._model.loaded()
         if "ready" in ask:
             yield self._model.begin()
@@ -118,7 +121,8 @@ class Session:
 
         def work(gone: Cancelled) -> Iterator[Frame]:
             cancelled = lambda: gone() or self._cancelled.is_set()  # noqa: E731
-            return self._model.reply(replace(request, cancelled=cancelled, progress=self._hear))
+            asked = replace(request, cancelled=cancelled, progress=self._hear)
+            return self._model.reply(asked, waited)
 
         async with aclosing(self._model.thread.aiterate(work)) as frames:
             async for frame in frames:
