@@ -17,10 +17,10 @@ from llm_flash_moe.registry import Registry, Unfinished
 @click.argument("name")
 @click.option("--yes", is_flag=True, help="Do not ask before deleting files")
 def remove(name: str, yes: bool) -> None:
-    """Remove a model from the list, and its saved prompts; or what an unfinished pull left.
+    """Remove a model from the list, and its saved prompts.
 
-    Its memory is freed, if it is kept there. Its files are deleted only if llm flash-moe wrote them
-    into llm's own folder.
+    Its memory is freed, if it is kept there. Of a pull or a pack that is unfinished, what it left
+    is deleted. Its files are deleted only if llm flash-moe wrote them into llm's own folder.
     """
     from flash_moe import PromptFolder, hold
 
