@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from flash_moe.checkpoint.folder import open_folder
 from flash_moe.errors import FetchFailed, FlashMoeError
 from flash_moe.format.manifest import MANIFEST
+from flash_moe.model.load import load
 from flash_moe.pull.job import PullJob
 from flash_moe.pull.ranges import Patience
 from tests.pack.packs import hashes, pack
@@ -68,10 +69,11 @@ def assert_no_model(target: Path) -> None:
     """Neither the target nor anything in its workspace opens as one."""
     assert not target.exists()
     partial = target.with_name(target.name + ".partial")
-    for folder in (partial, partial / "pack"):
-        if not (folder / MANIFEST).exists():  # with it, only the name is missing
-            with pytest.raises(FlashMoeError):
-                open_folder(folder)
+    with pytest.raises(FlashMoeError):
+        open_folder(partial)
+    if not (partial / "pack" / MANIFEST).exists():  # with it, only the name is missing
+        with pytest.raises(FlashMoeError):
+            load(partial / "pack")
 
 
 def check(hub: Hub, faults: list[str | None], form: int, expected: dict[str, str]) -> None:
