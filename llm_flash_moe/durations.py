@@ -21,7 +21,8 @@ def parse_duration(value: Any) -> float:
         seconds = float(text)
     else:
         raise ValueError("choose a time such as 10m, 1h30m or 90 (seconds); 0; or -1 for ever")
-    return math.inf if text.startswith("-") or seconds > _LONGEST else seconds
+    below_zero = text.startswith("-") and seconds != 0
+    return math.inf if below_zero or seconds > _LONGEST else abs(seconds)
 
 
 def in_words(seconds: float) -> str:

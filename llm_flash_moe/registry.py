@@ -99,6 +99,13 @@ class Registry:
     def begin(self, name: str, target: Path, command: str) -> None:
         """Note where something is being written for hours, and the command that goes on with it."""
         with self._changing() as saved:
+            work = self.unfinished().get(name)
+            if work is not None and work.target != target:
+                # Whoever forgets where it is never frees its disk.
+                raise PluginError(
+                    f"{name} is not finished in {work.folder}. Go on with: {work.command}, or "
+                    f"delete it: llm flash-moe remove {name}, or choose another --name."
+                )
             saved.unfinished[name] = {"path": str(target), "command": command}
 
     def unfinished(self) -> dict[str, Unfinished]:

@@ -63,7 +63,8 @@ class Turn:
         prompt: llm.Prompt,
         response: llm.Response | llm.AsyncResponse,
     ) -> None:
-        if _command_of_llm() is not None:
+        self._in_command = _command_of_llm() is not None
+        if self._in_command:
             _keep_what_is_imported()
         self._options = cast(ModelOptions, prompt.options)
         self._reading = StatusLine("reading the prompt", " tokens")
@@ -125,6 +126,9 @@ class Turn:
             output=stats.generated_tokens,
             details={name: count for name, count in details.items() if count} or None,
         )
+        if not self._in_command:
+            # The processor time of somebody's whole program.
+            stats.first_word.pop("start", None)
         response.response_json = {**stats.to_json(), "lossy": engine.lossy}
         if self._request.logprobs is not None:
             response.response_json["logprobs"] = reply.logprobs()

@@ -44,9 +44,18 @@ def info(
 
     Of a repository, only its config and the headers of its weights are fetched.
     """
+    if verify and (bits or planes):
+        raise click.UsageError(
+            "--verify checks what is there: it goes without --bits and --planes."
+        )
     with as_click_errors():
         registry = Registry.of_user()
-        if name in registry.entries() or Path(name).expanduser().is_dir():
+        here = name in registry.entries() or Path(name).expanduser().is_dir()
+        if here and revision:
+            raise click.UsageError("--revision is of a repository, and this is on your disk.")
+        if verify and not here:
+            raise click.UsageError("--verify is for what is on your disk.")
+        if here:
             folder, own = registry.find(name)
             if bits or planes:
                 _planned(name, folder, experts or own, bits, planes, as_json)

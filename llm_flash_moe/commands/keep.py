@@ -19,11 +19,14 @@ from llm_flash_moe.registry import Registry, folder_of
 
 def _duration(context: click.Context, parameter: click.Parameter, value: str) -> float:
     try:
-        if seconds := parse_duration(value):
-            return seconds
+        seconds = parse_duration(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
-    raise click.BadParameter("llm flash-moe stop NAME is what frees a model at once")
+    if seconds < 1:
+        raise click.BadParameter(
+            "choose a second or more. To free a model at once: llm flash-moe stop NAME"
+        )
+    return seconds
 
 
 @click.command()

@@ -40,7 +40,7 @@ def ps(as_json: bool) -> None:
         models = [asdict(one) | {"resident_bytes": one.resident_bytes} for one in holders]
         click.echo(json.dumps(models, indent=2))
     elif holders:
-        print_table("", COLUMNS, [_row(holder) for holder in holders])
+        print_table(None, COLUMNS, [_row(holder) for holder in holders])
     else:
         click.echo("No model is kept in memory. Keep one with: llm flash-moe keep NAME")
 

@@ -8,9 +8,10 @@ import click
 
 
 def print_table(
-    title: str, columns: Sequence[tuple[str, bool]], rows: Sequence[tuple[str, ...]]
+    title: str | None, columns: Sequence[tuple[str, bool]], rows: Sequence[tuple[str, ...]]
 ) -> None:
-    """Columns are (name, whether it is aligned to the right)."""
+    """After an empty line, unless there is no title. Columns are (name, whether it is aligned to
+    the right)."""
     from rich.console import Console
     from rich.table import Table
 
@@ -19,6 +20,7 @@ def print_table(
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    click.echo(f"\n{title}" if title else "")
+    if title is not None:
+        click.echo(f"\n{title}" if title else "")
     if rows:
         Console(highlight=False).print(table)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,13 +22,18 @@ from flash_moe.hold.places import (
     Holder,
     Place,
     common_folder,
+    ends,
     holders,
     is_private,
+    namespace,
     printable,
     require_private,
+    stop,
 )
 
-HOLDER = Holder("k" * 16, os.getpid(), "demo", "/m", "experts 4", "0.1.0", 1.0, 2.0, None, 0)
+HOLDER = Holder(
+    "k" * 16, os.getpid(), "demo", "/m", "experts 4", "0.1.0", 1.0, 2.0, None, 0, namespace()
+)
 IDENTITY = "k" * 64
 
 
@@ -172,22 +180,39 @@ def test_one_of_many_gets_the_lock(place: Place) -> None:
 
     def take() -> None:
         together.wait()
-        for _ in range(50):
-            lock = place.take(create=True)
-            if lock is not None:
-                assert inside.acquire(blocking=False)
-                taken.append(lock)
-                inside.release()
-                place.clear(lock)
-                os.close(lock)
+        for _ in range(10):
+            while (lock := place.take(create=True)) is None:
+                pass
+            assert inside.acquire(blocking=False)
+            taken.append(lock)
+            inside.release()
+            place.clear(lock)
+            os.close(lock)
 
     threads = [threading.Thread(target=take) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(taken) >= 50
+    assert len(taken) == 80
     assert not any(place.folder.iterdir())
+
+
+def test_a_process_of_another_container_is_not_signalled(place: Place) -> None:
+    """Its number is somebody else's here."""
+    lock = place.take(create=True)
+    assert lock is not None
+    with subprocess.Popen(["sleep", "60"]) as other:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            there = replace(HOLDER, key=place.key, pid=other.pid, namespace="pid:[1]")
+            assert not ends(there, number, 0.2)
+        with pytest.raises(HolderGone, match="another container"):
+            stop(there)
+        assert other.poll() is None
+        here = replace(there, namespace=namespace())
+        assert not ends(here, signal.SIGTERM, 0.2)  # the lock is this process's
+        assert other.wait(10) == -signal.SIGTERM
+    os.close(lock)
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,12 @@ def test_a_reply_waits_for_loading_only_where_it_does() -> None:
     ]
 
 
+def test_minus_nothing_is_nothing() -> None:
+    works("-m", NAME, "Hello", "-o", "keep_alive", "10m")
+    works("-m", NAME, "Hello", "-o", "keep_alive", "-0")
+    eventually(nothing_is_left)
+
+
 def test_for_good(llm_home: Path) -> None:
     """Defaults of llm's own, for loading too."""
     works("models", "options", "set", NAME, "keep_alive", "10m")
@@ -364,7 +370,8 @@ def test_durations(hours: int, minutes: int, seconds: int) -> None:
     total = hours * 3600 + minutes * 60 + seconds
     assert parse_duration(f"{hours}h{minutes}m{seconds}s") == parse_duration(total) == total
     assert parse_duration(f" {minutes}M ") == minutes * 60
-    assert parse_duration(f"-{seconds}") == parse_duration(f"-{minutes}m") == float("inf")
+    for text, number in ((f"-{seconds}", seconds), (f"-{minutes}m", minutes)):
+        assert parse_duration(text) == (float("inf") if number else 0)
 
 
 @given(st.text(max_size=8) | st.floats() | st.booleans() | st.none())
@@ -383,7 +390,9 @@ def test_times_on_the_command_line(value: str) -> None:
 
 
 def test_keeping_for_no_time_is_stopping() -> None:
-    assert "llm flash-moe stop NAME" in llm("flash-moe", "keep", NAME, "--for", "0").stderr
+    for value in ("0", "-0", "0.5"):
+        said = llm("flash-moe", "keep", NAME, "--for", value).stderr
+        assert "choose a second or more. To free a model at once: llm flash-moe stop NAME" in said
     assert nothing_is_left()
 
 

@@ -67,6 +67,24 @@ def test_pull_and_run(source: Path, serve: Serve, llm_home: Path) -> None:
     assert "already a model" in fails("flash-moe", "pull", hub.name, "--bits", "2", "--yes")
 
 
+def test_a_repository_that_lacks_weights(source: Path, serve: Serve, tmp_path: Path) -> None:
+    copy = tmp_path / source.name
+    shutil.copytree(source, copy)
+    next(iter(sorted(copy.glob("model-*.safetensors")))).unlink()
+    hub = serve(copy)
+    assert f"{hub.name} lacks 1 of" in fails("flash-moe", "info", hub.name)
+
+
+def test_options_that_do_not_go_together(source: Path, serve: Serve, llm_home: Path) -> None:
+    hub = serve(source)
+    for said, *arguments in (
+        ("goes without --bits", str(source), "--verify", "--bits", "2"),
+        ("this is on your disk", str(source), "--revision", "main"),
+        ("for what is on your disk", hub.name, "--verify"),
+    ):
+        assert said in llm("flash-moe", "info", *arguments).stderr
+
+
 def test_info_of_anything(source: Path, serve: Serve, llm_home: Path) -> None:
     hub = serve(source)
     remote = json.loads(works("flash-moe", "info", hub.name, "--bits", "2", "--json").stdout)

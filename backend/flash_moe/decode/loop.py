@@ -149,8 +149,9 @@ class Generation:
                 return
             # Tokens without an alternative wait for the next one that has some: they go through
             # the model together with it, and share the experts that are read.
-            step = self._stepper.forced(room)
-            if not step:
+            forced = self._stepper.forced(room)
+            step = forced
+            if not forced:
                 if self._stepper.finished:
                     break
                 token = self._next(tokens, computed, prefill.cache)
@@ -164,7 +165,8 @@ class Generation:
                     self.stats.finish_reason = "stop"
                     return
                 yield token
-                if loops.closed_by(token) and self._request.stop_loops:
+                # What a grammar leaves no choice about is not the model's doing.
+                if loops.closed_by(token) and self._request.stop_loops and not forced:
                     self.stats.finish_reason = "loop"
                     return
         self.stats.finish_reason = "stop" if self._stepper.finished else "length"

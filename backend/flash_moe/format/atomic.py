@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,16 @@ def sync(path: Path) -> None:
     """fsync a file or a folder."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        flush(fd)
     finally:
         os.close(fd)
+
+
+def flush(fd: int) -> None:
+    """To the disk itself. macOS's fsync leaves it in the disk's own cache, which may write what
+    came later first."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with suppress(OSError):  # of file systems that do not have it, as those of networks
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(fd)

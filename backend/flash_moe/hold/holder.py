@@ -24,7 +24,7 @@ from flash_moe import clock
 from flash_moe.callbacks import Cancelled
 from flash_moe.hold import protocol
 from flash_moe.hold.loading import Loading
-from flash_moe.hold.places import Holder, Place
+from flash_moe.hold.places import Holder, Place, namespace
 from flash_moe.hold.protocol import Frame
 from flash_moe.hold.room import make_room_for
 from flash_moe.hold.session import Session
@@ -220,6 +220,7 @@ class HolderProcess:
             used=self._used,
             until=None if math.isinf(self._until()) else self._until(),
             answering=len(self._sessions),
+            namespace=namespace(),
         )
 
     async def _come_to_an_end(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -15,8 +16,10 @@ import flash_moe
 from flash_moe.options import Settings
 
 PROTOCOL = 1
-MODEL = (".safetensors", ".experts", ".json", ".jinja", ".model", ".txt")
+MODEL = (".safetensors", ".experts", ".json", ".jinja", ".model", ".txt", ".tiktoken")
 CODE = (".py", ".c", ".h", ".metal")
+# What makes a reply of a request.
+LIBRARIES = ("mlx", "mlx-lm", "tokenizers", "jinja2", "llguidance")
 # Where compiled kernels are, and how many operations a GPU is given at once: no result changes, and
 # this package sets them.
 WITHOUT_EFFECT = ("MLX_PTX_CACHE_DIR", "MLX_MAX_OPS_PER_BUFFER")
@@ -61,7 +64,8 @@ class Loading:
 
 def _environment() -> Iterator[str]:
     yield f"{PROTOCOL} {flash_moe.__version__} {platform.python_version()}"
-    yield from (f"{name} {version(name)}" for name in ("mlx", "mlx-lm"))
+    yield from (f"{name} {version(name)}" for name in LIBRARIES)
+    yield f"{time.tzname}"  # templates may say what time it is
     for name, value in sorted(os.environ.items()):
         if name.startswith(("MLX_", "CUDA_VISIBLE")) and name not in WITHOUT_EFFECT:
             yield f"{name}={value}"

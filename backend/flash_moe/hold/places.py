@@ -35,7 +35,7 @@ TICK_SECONDS = 0.02
 class Holder:
     """A process that holds a model, as it describes itself. Times are seconds since 1970; `used` is
     when its last reply ended, `until` when it goes if nobody asks, None for ever; `answering` is
-    how many replies are being made."""
+    how many replies are being made; `namespace` says among which processes its number is one."""
 
     key: str
     pid: int
@@ -47,6 +47,7 @@ class Holder:
     used: float
     until: float | None
     answering: int
+    namespace: str
 
     @property
     def resident_bytes(self) -> int | None:
@@ -128,7 +129,7 @@ class Place:
         try:
             with self.record.open("rb") as file:
                 value = json.loads(file.read(MOST_RECORD_BYTES))
-            names = ("name", "path", "settings", "version")
+            names = ("name", "path", "settings", "version", "namespace")
             return Holder(
                 self.key,
                 pid=int(value["pid"]),
@@ -145,7 +146,8 @@ class Place:
 def common_folder() -> Path:
     """The system's folder for sockets of this user, which goes at log-out, or the temporary one."""
     own = f"flash-moe-{os.geteuid()}"
-    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or "/nowhere")
+    # cron, sudo and su leave the variable unset; the folder is the same.
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}")
     candidates = [runtime / "flash-moe"] if is_private(runtime) else []
     for folder in (*candidates, Path(tempfile.gettempdir()) / own):
         longest = len(os.fsencode(folder)) + len("/.sock") + KEY_LENGTH
@@ -186,6 +188,8 @@ def holders() -> list[Holder]:
 
 def stop(holder: Holder) -> None:
     """It ends, and its memory is free."""
+    if holder.namespace != namespace():
+        raise HolderGone(f"{holder.name} is held in another container. Stop it there.")
     for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
         if ends(holder, number, seconds):
             return
@@ -203,6 +207,8 @@ def ends(holder: Holder, number: int, seconds: float) -> bool:
     try:
         if is_free(lock) or not place.lock.exists():
             return place.sweep()
+        if holder.namespace != namespace():
+            return False  # the number is another process's here
         with suppress(ProcessLookupError):
             os.kill(holder.pid, number)
         deadline = time.monotonic() + seconds
@@ -213,6 +219,14 @@ def ends(holder: Holder, number: int, seconds: float) -> bool:
     if gone:
         place.sweep()
     return gone
+
+
+def namespace() -> str:
+    """Containers that share a folder have process numbers of their own."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def is_free(lock: int) -> bool:

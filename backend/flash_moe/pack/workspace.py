@@ -20,6 +20,7 @@ from flash_moe.errors import CheckpointError, NoSpace, Remedy
 from flash_moe.format.atomic import locked_folder, write_json
 from flash_moe.format.holes import allocated
 from flash_moe.format.json_files import read_json
+from flash_moe.format.manifest import MANIFEST
 from flash_moe.pack.transform import ExpertTransform
 
 IDENTITY = "source.json"
@@ -36,7 +37,8 @@ def open_workspace(target: Path, nbytes: int, identity: dict[str, Any]) -> Itera
     require_space(target, nbytes)
     busy = f"Another pack is being written to {workspace}."
     with locked_folder(workspace, busy):
-        _require_same(workspace / IDENTITY, identity)
+        require_same(workspace, identity)
+        write_json(workspace / IDENTITY, identity)
         require_absent(target)  # again: another process may have finished it
         yield workspace
 
@@ -70,20 +72,25 @@ def _samples(folder: Folder) -> str:
 
 
 def require_absent(target: Path) -> None:
+    if (target / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{target} exists already: a finished pack.", Remedy.ADD_AGAIN, target
+        )
     if target.exists():
         raise CheckpointError(f"{target} exists. Remove it first, or choose another target.")
 
 
-def _require_same(file: Path, identity: dict[str, Any]) -> None:
+def require_same(workspace: Path, identity: dict[str, Any]) -> None:
+    """CheckpointError, if what was begun there is something else."""
+    file = workspace / IDENTITY
     begun = read_json(file) if file.exists() else identity
     if SAMPLES in identity and SAMPLES not in begun:
         begun = {**begun, SAMPLES: identity[SAMPLES]}
     if begun != identity:
         raise CheckpointError(
-            f"{file.parent} was begun from another checkpoint, with other bits or another text. "
+            f"{workspace} was begun from another checkpoint, with other bits or another text. "
             "Remove it, or choose another target."
         )
-    write_json(file, identity)
 
 
 def workspace_of(target: Path) -> Path:

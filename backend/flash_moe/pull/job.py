@@ -22,7 +22,13 @@ from flash_moe.format.holes import allocated, holes_are_possible
 from flash_moe.pack.files import FileWriter
 from flash_moe.pack.job import PackJob
 from flash_moe.pack.transform import ExpertTransform
-from flash_moe.pack.workspace import free_space, open_workspace, require_space, workspace_of
+from flash_moe.pack.workspace import (
+    free_space,
+    open_workspace,
+    require_same,
+    require_space,
+    workspace_of,
+)
 from flash_moe.pull.begun import begun_in, clear, go_on, saved_contents, shadow_in
 from flash_moe.pull.form import FORMS, Form, form_of, pack_with, transform_of
 from flash_moe.pull.journal import PULL, Journal
@@ -75,6 +81,7 @@ class PullJob:
         ranges = Ranges(repository, patience or Patience(), notice)
         contents = saved_contents(workspace, repository) if begun else fetch_plan(ranges)
         transform = transform_of(bits, planes)
+        require_same(workspace, _identity(repository, transform))
         with tempfile.TemporaryDirectory(prefix="flash-moe-") as folder:
             job = PackJob.plan(_make_plan(folder, repository, contents), target)
             job = pack_with(job, transform, experts)
@@ -147,11 +154,7 @@ class PullJob:
 
     def write(self, progress: Advance = no_advance, notice: Notice = no_notice) -> None:
         """Fetch and pack, or the rest of it. `progress` is told the bytes that came."""
-        identity = {
-            "repository": self.repository.name,
-            "commit": self.repository.commit,
-            **({"recast": self._transform.to_json()} if self._transform else {}),
-        }
+        identity = _identity(self.repository, self._transform)
         self.ranges.start()
         try:
             with open_workspace(self.target, self.form.peak_bytes, identity) as workspace:
@@ -206,6 +209,11 @@ class PullJob:
             f"The disk of {self.target.parent} is full. What has arrived is kept. Free some space.",
             Remedy.PULL_AGAIN,
         )
+
+
+def _identity(repository: Repository, transform: ExpertTransform | None) -> dict[str, Any]:
+    recast = {} if transform is None else {"recast": transform.to_json()}
+    return {"repository": repository.name, "commit": repository.commit, **recast}
 
 
 def _make_plan(folder: str, repository: Repository, contents: Contents) -> Path:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flash_moe.errors import CheckpointError
 from flash_moe.format.atomic import write_json
@@ -12,6 +15,9 @@ from flash_moe.format.json_files import read_json
 # The repository that a pull began with. Without it, nothing in a workspace counts.
 PULL = "pull.json"
 PROGRESS = "progress.json"
+# Of all the rest: a number that is not what was written would seal layers that are not whole, and
+# a hash's state is given to a library in C as it is.
+DIGEST = "sha256"
 
 
 @dataclass(slots=True)
@@ -26,7 +32,8 @@ class Journal:
     ahead: list[str] = field(default_factory=list)
 
     def write(self, workspace: Path) -> None:
-        write_json(workspace / PROGRESS, asdict(self))
+        value = asdict(self)
+        write_json(workspace / PROGRESS, {**value, DIGEST: _digest(value)})
 
     @classmethod
     def read(cls, workspace: Path) -> Journal:
@@ -35,6 +42,8 @@ class Journal:
             return cls()
         value = read_json(path)
         try:
+            if value.pop(DIGEST, None) != _digest(value):
+                raise TypeError("its checksum differs")
             journal = cls(**value)
             numbers = (journal.shard, journal.offset)
             if any(type(number) is not int or number < 0 for number in numbers):
@@ -48,3 +57,7 @@ class Journal:
             raise CheckpointError(
                 f"{path} is damaged ({error}). Remove {workspace}, and pull again."
             ) from error
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

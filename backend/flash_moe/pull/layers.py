@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flash_moe.errors import CheckpointError
-from flash_moe.format.atomic import sync, write_json
+from flash_moe.format.atomic import flush, sync, write_json
 from flash_moe.pack.files import LayerPlace
 from flash_moe.pack.records import read_back
 from flash_moe.pull.route import Route
@@ -42,7 +42,7 @@ class Layers:
 
     def sync(self) -> None:
         for number in self._touched & self._open.keys():
-            os.fsync(self._open[number])
+            flush(self._open[number])
         self._touched.clear()
 
     def sealed(self) -> frozenset[int]:
@@ -66,13 +66,16 @@ class Layers:
             sealing.result()
 
     def require(self, position: Position) -> None:
-        """What was written before a position is there: a file made anew would hold zeros."""
+        """What was written before a position is there: a file made anew, or made as long again,
+        would hold zeros."""
         sealed = self.sealed()
         for number, first in enumerate(self.route.first_piece):
             files = (self._part(number), self._place(number).file)
-            if first <= position and number not in sealed and not any(f.exists() for f in files):
+            if number in sealed or first > position:
+                continue
+            if not any(f.exists() and f.stat().st_size == self._size(number) for f in files):
                 raise CheckpointError(
-                    f"{files[0]} is gone. Remove {self.workspace}, and pull again."
+                    f"{files[0]} is gone or cut. Remove {self.workspace}, and pull again."
                 )
 
     def require_all(self) -> None:

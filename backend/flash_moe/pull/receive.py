@@ -89,6 +89,10 @@ class Receiver:
         with closing(self._layers), ThreadPoolExecutor(1) as hasher:
             self._layers.require((self.journal.shard, self.journal.offset))
             self._layers.seal(self.journal.shard)
+            if self.journal.offset and RunningHash.resumed(self.journal.hash) is None:
+                # Another library's state: the shard begins anew, and what its pieces took from
+                # earlier shards may have been given back.
+                self._go_back()
             while self.journal.shard < len(self.route.shards):
                 try:
                     self._receive_shard(hasher)
@@ -208,19 +212,10 @@ class Receiver:
         self._sides -= set(unneeded)
 
     def _again(self) -> None:
-        """Go back to where the first layer begins that has something of this shard and no seal."""
-        self._layers.wait()
-        number, sealed = self.journal.shard, self._layers.sealed()
-        begun = [
-            first
-            for layer, (first, _) in enumerate(self.route.extent)
-            if first <= number and layer not in sealed
-        ]
+        """A shard disagrees: fetch it again, with all that was made with its help."""
+        number = self.journal.shard
         failed = self._failed[number] = self._failed.get(number, 0) + 1
-        back = min([number, *begun])
-        self._ahead, self._sides = set(), set(self.route.release)
-        self.journal = Journal(back)
-        self.journal.write(self.workspace)
+        self._go_back()
         name = self.route.shards[number]
         self._require_header(name)
         if failed >= MOST_FAILURES:
@@ -229,6 +224,19 @@ class Receiver:
                 f"{failed} times. Nothing of it was used. Try again later."
             )
         self.notice(f"{name} did not arrive as the repository states; fetching it again")
+
+    def _go_back(self) -> None:
+        """To where the first layer begins that has something of this shard and no seal."""
+        self._layers.wait()
+        number, sealed = self.journal.shard, self._layers.sealed()
+        begun = [
+            first
+            for layer, (first, _) in enumerate(self.route.extent)
+            if first <= number and layer not in sealed
+        ]
+        self._ahead, self._sides = set(), set(self.route.release)
+        self.journal = Journal(min([number, *begun]))
+        self.journal.write(self.workspace)
 
     def _require_header(self, shard: str) -> None:
         """All was planned by headers, which no hash covers alone. If one is not what it was,

@@ -99,25 +99,32 @@ def find_repository(name: str, revision: str | None = None) -> Repository:
         raise CheckpointError(f"{revision!r:.120} cannot be a branch, a tag or a commit.")
     with hub_errors(name):
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import HFValidationError
 
-        info = HfApi().model_info(
-            name, revision=revision, files_metadata=True, timeout=ANSWER_SECONDS
-        )
-        names = {sibling.rfilename for sibling in info.siblings or ()}
-        files = [
-            _file(
-                sibling.rfilename,
-                sibling.size,
-                sibling.lfs.sha256 if sibling.lfs else None,
-                None if sibling.lfs else sibling.blob_id,
-            )
-            for sibling in info.siblings or ()
-            if _is_wanted(sibling.rfilename)
-        ]
         try:
+            info = HfApi().model_info(
+                name, revision=revision, files_metadata=True, timeout=ANSWER_SECONDS
+            )
+            names = {sibling.rfilename for sibling in info.siblings or ()}
+            files = [
+                _file(
+                    sibling.rfilename,
+                    sibling.size,
+                    sibling.lfs.sha256 if sibling.lfs else None,
+                    None if sibling.lfs else sibling.blob_id,
+                )
+                for sibling in info.siblings or ()
+                if _is_wanted(sibling.rfilename)
+            ]
             commit = _matching(_COMMIT, info.sha)
-        except ValueError as error:
-            raise FetchFailed(f"The hub names no commit of {name}.") from error
+        except HFValidationError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            # A proxy's page, or a mirror that writes something else.
+            raise FetchFailed(
+                f"What answers for {name} is not the hub, or a mirror that writes something else "
+                f"({type(error).__name__}). Does this network want you to log in?"
+            ) from error
     _require_weights(name, names)
     files.sort(key=lambda file: file.name)
     return Repository(name, revision, commit, tuple(files))

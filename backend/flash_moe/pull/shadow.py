@@ -5,6 +5,7 @@ To everything that opens checkpoints it is a folder like any other; its holes re
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flash_moe.errors import CheckpointError
-from flash_moe.format.atomic import replacing, sync, write_at
+from flash_moe.format.atomic import flush, replacing, sync, write_at
 from flash_moe.format.holes import punch
 from flash_moe.format.safetensors import MAX_HEADER_BYTES
 from flash_moe.pull.ranges import Ranges
-from flash_moe.pull.repository import PLANNED, RemoteFile, Repository
+from flash_moe.pull.repository import INDEX, PLANNED, RemoteFile, Repository
 from flash_moe.pull.route import Route
 from flash_moe.pull.stream import CONNECTIONS
 
@@ -50,7 +51,7 @@ class Shadow:
 
     def sync(self) -> None:
         for name in self._written:
-            os.fsync(self._file(name))
+            flush(self._file(name))
         self._written.clear()
 
     def close(self) -> None:
@@ -72,6 +73,7 @@ def fetch_plan(ranges: Ranges) -> Contents:
     """What says what a model is: its configs, and the headers of its weights."""
     repository = ranges.repository
     contents = {file.name: ranges.whole(file) for file in repository.small if file.name in PLANNED}
+    _require_all_shards(repository, contents.get(INDEX))
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         try:
             headers = list(pool.map(lambda file: _header(ranges, file), repository.weights))
@@ -83,6 +85,18 @@ def fetch_plan(ranges: Ranges) -> Contents:
     return contents | {
         file.name: header for file, header in zip(repository.weights, headers, strict=True)
     }
+
+
+def _require_all_shards(repository: Repository, index: bytes | None) -> None:
+    try:
+        named = set(json.loads(index or b"{}").get("weight_map", {}).values())
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return  # whoever reads it next says what is wrong with it
+    if missing := named - {file.name for file in repository.weights}:
+        raise CheckpointError(
+            f"{repository.name} lacks {len(missing)} of the {len(named)} weight files that its own "
+            "index names: it is being uploaded, or broken. Choose another repository or revision."
+        )
 
 
 def _header(ranges: Ranges, file: RemoteFile) -> bytes:
