@@ -112,7 +112,7 @@ class GpuKernels:
 def _tiles_of_a_token(spec: ExpertSpec, slots: bytes) -> Tiles:
     """The same for nearly every token: the slots are 0, 1, … with a mark at those in full."""
     numbers = np.frombuffer(slots, np.uint32)
-    spec.check_slots(int(numbers.max()))
+    spec.check_slots(int(np.max(numbers)))
     return gpu.make_tiles(np.zeros_like(numbers), numbers)
 
 
