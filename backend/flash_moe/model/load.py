@@ -33,6 +33,7 @@ from flash_moe.kernels.cuda_build import settle_mlx
 from flash_moe.kernels.native_backend import NativeLinear
 from flash_moe.kernels.runtime import Runtime, choose_runtime
 from flash_moe.machine import memory_bytes
+from flash_moe.model.compiled import compile_only_among_ourselves
 from flash_moe.model.install import (
     count_words,
     find_heads,
@@ -138,6 +139,7 @@ def load(
     """Open a checkpoint folder or a pack and bring its resident weights, and only those, in."""
     start = time.perf_counter()
     runtime = choose_runtime(settings.runtime)
+    compile_only_among_ourselves()
     compiles = on_cuda() and not settle_mlx()
     folder = open_folder(path)
     skeleton = open_skeleton(folder, chosen_experts(folder, settings.experts))

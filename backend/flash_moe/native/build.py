@@ -121,7 +121,7 @@ def _load(path: Path) -> ctypes.CDLL | None:
     """None where the file is damaged: mapping a cut one would end the process with SIGBUS; and
     where somebody else may have written it."""
     try:
-        if not _is_ours(path):
+        if not is_ours(path):
             return None
         if path.stem.rpartition("-")[2] != _digest(path):
             path.unlink()
@@ -159,7 +159,7 @@ def cache_folder() -> Path | None:
         usual = "Library/Caches" if sys.platform == "darwin" else ".cache"
         folder = (Path(given) if given else Path.home() / usual) / "flash-moe"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_ours(folder):
+        if not is_ours(folder):
             return None
         with tempfile.TemporaryFile(dir=folder):
             return folder
@@ -180,7 +180,7 @@ def first_time(what: str) -> bool:
     return True
 
 
-def _is_ours(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
     """Nobody but this user, or root, can have put there what is there. A program loads it."""
     status = path.stat()
     return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
