@@ -19,6 +19,8 @@ from flash_moe.native.build import is_ours
 
 def compile_only_among_ourselves() -> None:
     """Before anything is computed. On a GPU nothing is compiled there."""
+    if mx.default_device() != mx.cpu:
+        return
     top = Path(tempfile.gettempdir()) / "mlx"
     with suppress(OSError):
         top.mkdir(mode=0o700, exist_ok=True)
